@@ -1,0 +1,23 @@
+/* status.h - codes that say how a call ended, and the one function that words an error. */
+#ifndef SA_STATUS_H
+#define SA_STATUS_H
+
+typedef enum {
+    SA_OK = 0,
+    SA_EINVAL,   /* a value is wrong: ValueError                             */
+    SA_ETYPE,    /* a dtype is wrong: TypeError                              */
+    SA_ENOMEM,   /* no memory: MemoryError; no output was written            */
+    SA_ESTOP,    /* poll() asked to stop; Python has already set an exception */
+    SA_EINTERNAL /* cannot happen: RuntimeError                              */
+} sa_status;
+
+struct sa_ctx;
+
+/* Records a printf-worded sentence in ctx (the first one wins, any thread may call) and returns code. */
+sa_status sa_fail(struct sa_ctx *ctx, sa_status code, const char *format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 3, 4)))
+#endif
+    ;
+
+#endif

@@ -1,0 +1,219 @@
+/* threads_os.h - what the pool asks of the operating system. Included by threads.c alone: Linux, and POSIX elsewhere. */
+#ifndef SA_THREADS_OS_H
+#define SA_THREADS_OS_H
+
+#define _GNU_SOURCE /* sched_getcpu, CPU_SET, syscall, madvise */
+#include <limits.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#endif
+
+/* ---- sleeping and waking ---- */
+
+#if defined(__linux__) && !defined(SA_NO_FUTEX)
+
+/* Sleeps while *word == seen, at most ns (0: without limit). May return early. */
+static void
+park(atomic_uint *word, unsigned seen, int64_t ns)
+{
+    const struct timespec limit = {.tv_sec = 0, .tv_nsec = (long)ns};
+    (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, ns > 0 ? &limit : NULL, NULL, 0);
+}
+
+static void
+unpark(atomic_uint *word)
+{
+    (void)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+static void
+park_reset(void)
+{
+}
+
+#else
+
+static pthread_mutex_t park_mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t park_signal = PTHREAD_COND_INITIALIZER;
+
+static void
+park(atomic_uint *word, unsigned seen, int64_t ns)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += (long)ns;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    pthread_mutex_lock(&park_mutex);
+    if (atomic_load(word) == seen) {
+        if (ns > 0) {
+            (void)pthread_cond_timedwait(&park_signal, &park_mutex, &until);
+        } else {
+            (void)pthread_cond_wait(&park_signal, &park_mutex);
+        }
+    }
+    pthread_mutex_unlock(&park_mutex);
+}
+
+static void
+unpark(atomic_uint *word)
+{
+    (void)word; /* one signal serves all: whoever wakes looks at its own word */
+    pthread_mutex_lock(&park_mutex);
+    pthread_cond_broadcast(&park_signal);
+    pthread_mutex_unlock(&park_mutex);
+}
+
+/* In a forked child: whoever held the mutex is gone. */
+static void
+park_reset(void)
+{
+    park_mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    park_signal = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+}
+
+#endif
+
+static void
+relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+static int64_t
+clock_ns(clockid_t id)
+{
+    struct timespec t;
+    clock_gettime(id, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* ---- where threads run ---- */
+
+#ifdef __linux__
+
+typedef struct {
+    pid_t tid;
+    bool placed;       /* kept off one CPU, until place_free */
+    cpu_set_t allowed; /* what the thread may use otherwise  */
+} placement;
+
+static void
+place_self(placement *p)
+{
+    p->tid = (pid_t)syscall(SYS_gettid);
+}
+
+/* A thread often wakes on the CPU of the one that woke it, and then stands in its way for milliseconds. So the caller
+ * forbids the sleeping thread that CPU first; moving it afterwards would cost some 50 us. */
+static void
+place_elsewhere(placement *p)
+{
+    const int cpu = sched_getcpu();
+    if (cpu < 0 || cpu >= CPU_SETSIZE ||
+        (!p->placed && sched_getaffinity(p->tid, sizeof p->allowed, &p->allowed) != 0)) {
+        return;
+    }
+    cpu_set_t others = p->allowed;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(p->tid, sizeof others, &others) == 0) {
+        p->placed = true;
+    }
+}
+
+/* The thread itself, when its work is done. */
+static void
+place_free(placement *p)
+{
+    if (p->placed) {
+        (void)sched_setaffinity(0, sizeof p->allowed, &p->allowed);
+        p->placed = false;
+    }
+}
+
+#else
+
+typedef struct {
+    bool placed;
+} placement;
+
+static void
+place_self(placement *p)
+{
+    (void)p;
+}
+
+static void
+place_elsewhere(placement *p)
+{
+    (void)p;
+}
+
+static void
+place_free(placement *p)
+{
+    (void)p;
+}
+
+#endif
+
+/* ---- is this process a forked copy? ----
+ *
+ * Handlers of pthread_atfork are skipped by a bare clone(). A page that the kernel empties in a child tells, for the
+ * price of a load; elsewhere the process id does, for a system call.
+ */
+
+static _Atomic(atomic_int *) mark;
+static atomic_int mark_pid;
+
+static void
+mark_process(void)
+{
+    atomic_int *page = atomic_load(&mark);
+    if (page != NULL) {
+        atomic_store(page, 1);
+    }
+    atomic_store(&mark_pid, (int)getpid());
+}
+
+static void
+make_mark(void)
+{
+#ifdef MADV_WIPEONFORK
+    const size_t bytes = (size_t)sysconf(_SC_PAGESIZE);
+    void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page != MAP_FAILED && madvise(page, bytes, MADV_WIPEONFORK) == 0) {
+        atomic_store((atomic_int *)page, 1);
+        atomic_store(&mark, (atomic_int *)page);
+    }
+#endif
+    mark_process();
+}
+
+static bool
+is_copy(void)
+{
+    atomic_int *page = atomic_load_explicit(&mark, memory_order_relaxed);
+    if (page != NULL) {
+        return atomic_load_explicit(page, memory_order_relaxed) == 0;
+    }
+    const int marked = atomic_load(&mark_pid);
+    return marked != 0 && marked != (int)getpid();
+}
+
+#endif

@@ -1,0 +1,329 @@
+/* attend.c - cuts a call into tasks by shape and runs the rows pass over each. */
+#include "engine/attend.h"
+
+#include <string.h>
+
+#include "base/threads.h"
+#include "engine/attend_call.h"
+#include "engine/score.h"
+
+sa_cursor
+sa_cursor_start(const sa_group *g)
+{
+    const sa_plan *const plan = g->plan;
+    sa_cursor c = {
+        .plan = plan,
+        .span = plan->row_ptr[g->slot],
+        .see = plan->see_ptr[g->slot],
+        .band = plan->band_ptr[g->slot],
+        .end = plan->row_ptr[g->slot + 1],
+        .at = -1,
+        .piece_lo = 0,
+        .piece_hi = (int32_t)plan->n_k,
+    };
+    if (g->call->pieces > 1) {
+        c.piece_lo = (int32_t)(g->piece * SA_PIECE_KEYS);
+        c.piece_hi = (int32_t)SA_MIN(plan->n_k, (g->piece + 1) * SA_PIECE_KEYS);
+    }
+    return c;
+}
+
+bool
+sa_cursor_next(sa_cursor *c, sa_key_tile *tile)
+{
+    tile->n = 0;
+    tile->v_finite = -1;
+    while (c->span < c->end) {
+        const sa_tile_kind kind = c->span < c->see ? SA_TILE_FULL : c->span < c->band ? SA_TILE_SEE : SA_TILE_BAND;
+        const int32_t start = c->plan->start[c->span];
+        const int32_t stop = SA_MIN(start + sa_plan_span_len(c->plan, c->span), c->piece_hi);
+        int32_t at = SA_MAX(c->at, SA_MAX(start, c->piece_lo));
+        if (tile->n > 0 && (kind != SA_TILE_FULL || tile->kind != SA_TILE_FULL)) {
+            return true;
+        }
+        tile->kind = kind;
+        while (at < stop && tile->n < SA_TILE_KEYS) {
+            tile->keys[tile->n++] = at++;
+        }
+        c->at = at;
+        if (at < stop) {
+            return true;
+        }
+        c->span++;
+        c->at = -1;
+    }
+    return tile->n > 0;
+}
+
+void
+sa_tile_rows(const sa_group *g, sa_key_tile *tile, bool k_in_place, bool v_in_place)
+{
+    const sa_problem *const p = g->call->p;
+    const sa_tile *const t = g->call->tile;
+    const size_t bytes = g->call->real_bytes;
+    for (int x = 0; x < tile->n; x++) {
+        const void *k = sa_view_row(p->k, g->b, g->g, tile->keys[x]);
+        const void *v = sa_view_row(p->v, g->b, g->g, tile->keys[x]);
+        if (!k_in_place) {
+            char *const to = g->s.k + (size_t)(x * p->dim) * bytes;
+            t->load_rows(to, p->dim, k, p->k.dtype, 0, 1, (int)p->dim, 1.0);
+            k = to;
+        }
+        if (!v_in_place) {
+            char *const to = g->s.v + (size_t)(x * p->dim_v) * bytes;
+            t->load_rows(to, p->dim_v, v, p->v.dtype, 0, 1, (int)p->dim_v, 1.0);
+            v = to;
+        }
+        tile->k_row[x] = k;
+        tile->v_row[x] = v;
+    }
+}
+
+void
+sa_group_terms(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, void *t)
+{
+    const sa_query *const q = &g->s.query[r];
+    sa_score_terms(g->call->p, g->masked && tile->kind != SA_TILE_FULL, g->b, q->head, q->i, tile->keys + x0, n, t);
+}
+
+char *
+sa_partial_row(const sa_attend_call *call, int64_t piece, int64_t b, const sa_query *q)
+{
+    const sa_problem *const p = call->p;
+    const int64_t row = ((piece * p->batch + b) * p->heads + q->head) * p->n_q + q->i;
+    return call->partial + (size_t)(row * (p->dim_v + 2)) * call->real_bytes;
+}
+
+void
+sa_lse_write(const sa_attend_call *call, int64_t b, const sa_query *q, const void *lse)
+{
+    if (call->lse.data != NULL) {
+        memcpy(sa_view_row(call->lse, b, q->head, q->i), lse, call->real_bytes);
+    }
+}
+
+static int64_t
+common_divisor(int64_t a, int64_t b)
+{
+    while (b != 0) {
+        const int64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
+
+/* Heads of a task share keys and map; token plans (one row a block) take 64 blocks a task. */
+static sa_cut
+cut_part(const sa_problem *p, const sa_part *part)
+{
+    sa_cut c;
+    c.heads = common_divisor(p->heads / p->kv_heads, part->plan->heads_per_map);
+    c.heads = common_divisor(c.heads, common_divisor(part->head_begin, part->head_end));
+    c.head_runs = (part->head_end - part->head_begin) / c.heads;
+    c.blocks = SA_MAX(1, 64 / part->plan->rows_per_block);
+    c.block_runs = (part->plan->n_blocks + c.blocks - 1) / c.blocks;
+    c.tasks = p->batch * c.head_runs * c.block_runs;
+    return c;
+}
+
+static size_t
+take(sa_arena *arena, void *pointer, size_t bytes)
+{
+    const size_t rounded = (bytes + SA_ALIGN - 1) / SA_ALIGN * SA_ALIGN + 2 * SA_ALIGN;
+    if (arena != NULL) {
+        void *const memory = sa_arena_take(arena, bytes);
+        memcpy(pointer, &memory, sizeof memory);
+    }
+    return rounded;
+}
+
+/* Carves a worker's scratch; with arena NULL only counts the bytes. */
+static size_t
+carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *s)
+{
+    const size_t w = (size_t)call->tile->strip_max, rows = w * SA_GROUP_STRIPS, real = call->real_bytes;
+    const size_t dim = (size_t)call->p->dim, dim_v = (size_t)call->p->dim_v;
+    return take(arena, &s->query, rows * sizeof(sa_query)) + take(arena, &s->warm, rows) + take(arena, &s->qt, rows * dim * real) +
+           take(arena, &s->o, rows * dim_v * real) + take(arena, &s->m, rows * real) + take(arena, &s->l, rows * real) +
+           take(arena, &s->s, (SA_TILE_KEYS + SA_TILE_STEP) * w * real) + take(arena, &s->t, SA_TILE_KEYS * w * real) +
+           take(arena, &s->t_rows, SA_TILE_KEYS * w * real) + take(arena, &s->k, SA_TILE_KEYS * dim * real) +
+           take(arena, &s->v, SA_TILE_KEYS * dim_v * real) + take(arena, &s->factor, w * real) +
+           take(arena, &s->lse, w * real);
+}
+
+static sa_query
+query_of(const sa_plan *plan, int64_t b, int64_t map, int64_t head, int64_t i)
+{
+    sa_query q = {.head = head, .i = i};
+    const int64_t see = (plan->see_maps > 1 ? b : 0) * plan->n_q + i;
+    q.see_lo = q.band_lo = plan->see_lo[see];
+    q.see_hi = q.band_hi = plan->see_hi[see];
+    if (plan->band_lo != NULL) {
+        const int64_t band = (plan->band_maps > 1 ? map : 0) * plan->n_q + i;
+        q.band_lo = SA_MAX(q.see_lo, plan->band_lo[band]);
+        q.band_hi = SA_MIN(q.see_hi, plan->band_hi[band]);
+    }
+    return q;
+}
+
+/* All rows of one block for the heads [head, head + n): groups of as many strips as share a walk. */
+static void
+run_block(sa_group *g, int64_t map, int64_t block, int64_t head, int64_t n_heads)
+{
+    const sa_plan *const plan = g->plan;
+    const sa_tile *const t = g->call->tile;
+    const int64_t begin = plan->row_start[block], end = SA_MIN(begin + plan->rows_per_block, plan->n_q);
+    const int64_t rows = n_heads * (end - begin), most = (int64_t)t->strip_max * SA_GROUP_STRIPS;
+    const bool few = rows <= t->lanes / 4;
+    g->slot = map * plan->n_blocks + block;
+    for (int64_t first = 0; first < rows; first += most) {
+        g->n_rows = (int)SA_MIN(most, rows - first);
+        for (int r = 0; r < g->n_rows; r++) {
+            const int64_t at = first + r;
+            g->s.query[r] = query_of(plan, g->b, map, head + at / (end - begin), begin + at % (end - begin));
+        }
+        (few ? sa_attend_rows : sa_attend_strips)(g);
+    }
+}
+
+static sa_status
+run_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
+{
+    const sa_attend_call *const call = arg;
+    sa_group g = {.ctx = ctx, .call = call, .piece = task % call->pieces};
+    int part = 0;
+    task /= call->pieces;
+    while (task >= call->cuts[part].tasks) {
+        task -= call->cuts[part++].tasks;
+    }
+    const sa_cut *const cut = &call->cuts[part];
+    /* Later blocks of a causal plan are the longer ones: they go first. */
+    const int64_t run = cut->block_runs - 1 - task % cut->block_runs;
+    task /= cut->block_runs;
+    const int64_t head = call->parts[part].head_begin + task % cut->head_runs * cut->heads;
+    g.b = task / cut->head_runs;
+    g.g = head * call->p->kv_heads / call->p->heads;
+    g.plan = call->parts[part].plan;
+    g.masked = g.plan->term_mask && (call->p->mask.data != NULL || call->p->key_mask.data != NULL);
+    g.terms = call->p->bias.data != NULL;
+    sa_arena_reset(sa_scratch(ctx, worker));
+    carve(call, sa_scratch(ctx, worker), &g.s);
+    if (g.s.lse == NULL) {
+        return sa_fail(ctx, SA_EINTERNAL, "attend: the scratch reserved is too small");
+    }
+    const int64_t map = sa_plan_map(g.plan, g.b, head);
+    for (int64_t block = run * cut->blocks; block < SA_MIN((run + 1) * cut->blocks, g.plan->n_blocks); block++) {
+        if (sa_stopped(ctx)) {
+            break;
+        }
+        run_block(&g, map, block, head, cut->heads);
+    }
+    return SA_OK;
+}
+
+/* Joins the pieces of 64 rows in order and writes them. */
+static sa_status
+join_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
+{
+    const sa_attend_call *const call = arg;
+    const sa_problem *const p = call->p;
+    const size_t real = call->real_bytes;
+    double factor, lse;
+    (void)ctx;
+    (void)worker;
+    for (int64_t row = task * 64; row < SA_MIN((task + 1) * 64, p->batch * p->heads * p->n_q); row++) {
+        const sa_query q = {.head = row / p->n_q % p->heads, .i = row % p->n_q};
+        const int64_t b = row / (p->n_q * p->heads);
+        char *const first = sa_partial_row(call, 0, b, &q);
+        for (int64_t piece = 1; piece < call->pieces; piece++) {
+            const char *const next = sa_partial_row(call, piece, b, &q);
+            call->tile->join_row(first, first + real, first + 2 * real, next, next + real, next + 2 * real, (int)p->dim_v);
+        }
+        call->tile->finish(&factor, &lse, first, first + real, 1);
+        sa_lse_write(call, b, &q, &lse);
+        call->tile->store_row(sa_view_row(call->out, b, q.head, q.i), call->out.dtype, first + 2 * real, (int)p->dim_v,
+                              &factor);
+    }
+    return SA_OK;
+}
+
+static sa_status
+check_parts(sa_ctx *ctx, const sa_problem *p, const sa_part *parts, int n_parts)
+{
+    int64_t covered = 0;
+    for (int i = 0; i < n_parts; i++) {
+        const sa_plan *const plan = parts[i].plan;
+        if (plan->n_q != p->n_q || plan->n_k != p->n_k || plan->heads != p->heads ||
+            ((plan->per_batch || plan->see_maps > 1) && plan->batch != p->batch)) {
+            return sa_fail(ctx, SA_EINVAL,
+                           "plan is for batch %lld, %lld heads, %lld queries, %lld keys, but q and k have %lld, %lld, %lld, %lld; "
+                           "make the plan from these arrays",
+                           (long long)plan->batch, (long long)plan->heads, (long long)plan->n_q, (long long)plan->n_k,
+                           (long long)p->batch, (long long)p->heads, (long long)p->n_q, (long long)p->n_k);
+        }
+        if (parts[i].head_begin != covered || parts[i].head_end <= covered || parts[i].head_end > p->heads) {
+            return sa_fail(ctx, SA_EINVAL, "part %d covers heads %lld to %lld, but %lld is next; give every head once, in order", i,
+                           (long long)parts[i].head_begin, (long long)parts[i].head_end, (long long)covered);
+        }
+        covered = parts[i].head_end;
+    }
+    if (covered != p->heads) {
+        return sa_fail(ctx, SA_EINVAL, "the parts cover %lld of %lld heads; give every head once", (long long)covered,
+                       (long long)p->heads);
+    }
+    return SA_OK;
+}
+
+/* Partial results, when so few tasks would leave threads idle over a long row of keys. */
+static sa_status
+reserve_pieces(sa_ctx *ctx, sa_attend_call *call, int64_t tasks)
+{
+    const sa_problem *const p = call->p;
+    size_t bytes = 0;
+    call->pieces = 1;
+    if (tasks >= SA_FEW_TASKS || p->n_k <= SA_PIECE_KEYS) {
+        return SA_OK;
+    }
+    call->pieces = (p->n_k + SA_PIECE_KEYS - 1) / SA_PIECE_KEYS;
+    if (!sa_mul((size_t)(p->batch * p->heads), (size_t)p->n_q, &bytes) || !sa_mul(bytes, (size_t)call->pieces, &bytes) ||
+        !sa_mul(bytes, (size_t)(p->dim_v + 2) * call->real_bytes, &bytes) || (call->partial = sa_malloc(bytes)) == NULL) {
+        return sa_fail(ctx, SA_ENOMEM, "attend: no memory for the partial results of %lld pieces", (long long)call->pieces);
+    }
+    return SA_OK;
+}
+
+sa_status
+sa_attend(sa_ctx *ctx, sa_view out, sa_view lse, const sa_problem *p, const sa_part *parts, int n_parts)
+{
+    sa_attend_call call = {.p = p, .out = out, .lse = lse, .parts = parts, .n_parts = n_parts};
+    sa_attend_scratch none;
+    int64_t tasks = 0;
+    sa_status status = check_parts(ctx, p, parts, n_parts);
+    if (status != SA_OK || p->batch == 0 || p->n_q == 0) {
+        return status;
+    }
+    call.tile = sa_tile_for(sa_real_is_f64(p->q.dtype));
+    call.real_bytes = (size_t)call.tile->real_bytes;
+    call.cuts = sa_malloc_array((size_t)n_parts, sizeof(sa_cut));
+    if (call.cuts == NULL) {
+        return sa_fail(ctx, SA_ENOMEM, "attend: no memory for %d parts", n_parts);
+    }
+    for (int i = 0; i < n_parts; i++) {
+        call.cuts[i] = cut_part(p, &parts[i]);
+        tasks += call.cuts[i].tasks;
+    }
+    status = reserve_pieces(ctx, &call, tasks);
+    if (status == SA_OK) {
+        status = sa_scratch_reserve(ctx, carve(&call, NULL, &none) + 16 * SA_ALIGN);
+    }
+    if (status == SA_OK) {
+        status = sa_parallel(ctx, tasks * call.pieces, run_task, &call);
+    }
+    if (status == SA_OK && call.pieces > 1) {
+        status = sa_parallel(ctx, (p->batch * p->heads * p->n_q + 63) / 64, join_task, &call);
+    }
+    sa_free(call.partial);
+    sa_free(call.cuts);
+    return status;
+}

@@ -1,0 +1,91 @@
+/* attend_call.h - what the two paths of attend share: the call, one group of rows, the walk over key tiles. */
+#ifndef SA_ATTEND_CALL_H
+#define SA_ATTEND_CALL_H
+
+#include "engine/attend.h"
+#include "tile/tile.h"
+
+enum {
+    SA_PIECE_KEYS = 4096, /* keys of one piece when a call has few tasks         */
+    SA_FEW_TASKS = 8,
+    SA_GROUP_STRIPS = 4   /* strips whose states share the walk over the keys    */
+};
+
+/* How a part is cut: a task is (batch, run of heads, run of blocks, piece of keys). */
+typedef struct {
+    int64_t heads, head_runs; /* heads of a task; runs in the part */
+    int64_t blocks, block_runs;
+    int64_t tasks;            /* batch * head_runs * block_runs    */
+} sa_cut;
+
+typedef struct {
+    const sa_problem *p;
+    sa_view out, lse;
+    const sa_part *parts;
+    sa_cut *cuts;
+    int n_parts;
+    const sa_tile *tile;
+    int64_t pieces;
+    char *partial;         /* [pieces][batch * heads * n_q][m, l, o[dim_v]] when pieces > 1 */
+    size_t real_bytes;
+} sa_attend_call;
+
+typedef struct {
+    int64_t head, i;
+    int32_t see_lo, see_hi; /* what the row may see                  */
+    int32_t band_lo, band_hi; /* that, cut by its band               */
+} sa_query;
+
+/* Scratch of a worker, carved from its arena. */
+typedef struct {
+    sa_query *query;            /* [strips * w]                                  */
+    unsigned char *warm;        /* [strips * w] 1 at a vector's first column once it has a maximum */
+    char *qt, *o, *m, *l;       /* [strips][dim][w], [strips][dim_v][w], [strips][w] */
+    char *s, *t, *t_rows;       /* [KEYS][w], [KEYS][w], [w][KEYS]               */
+    char *k, *v;                /* [KEYS][dim], [KEYS][dim_v]: rows that are not read in place */
+    char *factor, *lse;         /* [w]                                           */
+} sa_attend_scratch;
+
+/* A tile of keys. */
+typedef enum { SA_TILE_FULL, SA_TILE_SEE, SA_TILE_BAND } sa_tile_kind;
+typedef struct {
+    sa_tile_kind kind;
+    int n;
+    int v_finite; /* -1: not looked at yet */
+    int32_t keys[SA_TILE_KEYS];
+    const void *k_row[SA_TILE_KEYS], *v_row[SA_TILE_KEYS];
+} sa_key_tile;
+
+/* Where the walk over a block's spans stands. Full spans run together into one tile; clipped ones do not. */
+typedef struct {
+    const sa_plan *plan;
+    int64_t span, see, band, end;
+    int32_t at, piece_lo, piece_hi;
+} sa_cursor;
+
+/* One group of query rows of one block. */
+typedef struct {
+    sa_ctx *ctx;
+    const sa_attend_call *call;
+    const sa_plan *plan;
+    sa_attend_scratch s;
+    int64_t b, g, slot;          /* batch, kv head, map * n_blocks + block */
+    int64_t piece;
+    int n_rows;
+    bool masked, terms;
+} sa_group;
+
+sa_cursor sa_cursor_start(const sa_group *g);
+bool sa_cursor_next(sa_cursor *c, sa_key_tile *tile);
+/* Fills k_row, v_row; copies rows to scratch where in_place is false. */
+void sa_tile_rows(const sa_group *g, sa_key_tile *tile, bool k_in_place, bool v_in_place);
+/* Terms of query row r of the group for the tile's keys from x0 on. */
+void sa_group_terms(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, void *t);
+/* Writes one row's (m, l, o) where it belongs: the partial of its piece. */
+char *sa_partial_row(const sa_attend_call *call, int64_t piece, int64_t b, const sa_query *q);
+void sa_lse_write(const sa_attend_call *call, int64_t b, const sa_query *q, const void *lse);
+
+void sa_attend_strips(sa_group *g); /* tile path */
+void sa_attend_rows(sa_group *g);   /* row path  */
+
+#endif

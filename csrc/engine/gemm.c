@@ -1,0 +1,277 @@
+/* gemm.c - products cut into blocks of c by shape; a block is one task with a fixed order of sums.
+ *
+ * Blocks go to OpenBLAS, one call each, or to the tiles. The tile path packs b, widened and turned as need
+ * be, into panels as wide as a register tile, and leaves a where it lies. It sums every element of c in the
+ * same order, DEPTH terms at a time, so an element's bits depend on its row of a and its column of b and on
+ * nothing else: not on m, n, blocks or threads. With OpenBLAS they also depend on m and on the row's place:
+ * its kernels for edges and for few rows sum in other orders.
+ */
+#include <limits.h>
+#include <string.h>
+
+#include "base/threads.h"
+#include "engine/blas.h"
+#include "engine/gemm.h"
+#include "tile/tile.h"
+
+enum {
+    DEPTH = 256,     /* terms summed before they are added to c: a panel of that depth fits L1 */
+    COLUMNS = 192,   /* of a block: a multiple of every panel width; packed, they fit L2      */
+    ROWS = 512,      /* of a block at most: what packing b is spread over                     */
+    ROWS_NEAR = 192, /* rows of a that stay near while the panels pass                        */
+    ROWS_READ = 16,  /* rows of b that are packed side by side                                */
+    TASKS_WANTED = 8,
+};
+#define FLOPS_WANTED 2e6 /* a task of less is not cut further: about ten dispatches */
+
+typedef struct {
+    const sa_gemm_args *g;
+    const sa_blas *blas; /* NULL: tiles */
+    const sa_tile *tile;
+    int64_t rows, columns; /* of a block   */
+    int64_t row_blocks, column_blocks;
+    size_t size; /* of an element of a, c and bias */
+} gemm_job;
+
+typedef struct {
+    int64_t i0, i1, j0, j1; /* rows and columns of c */
+} block;
+
+/* b is of half precision: a task holds its part in the real type. */
+static bool
+is_widened(const sa_gemm_args *g)
+{
+    return g->b_dtype != g->dtype;
+}
+
+static const void *
+a_at(const gemm_job *job, int64_t i, int64_t t)
+{
+    return (const char *)job->g->a + (i * job->g->lda + t) * (int64_t)job->size;
+}
+
+/* Row t, column j of b as the [k, n] matrix that it is, however it is stored. */
+static const void *
+b_at(const gemm_job *job, int64_t t, int64_t j)
+{
+    const sa_gemm_args *const g = job->g;
+    const int64_t index = g->b_transposed ? j * g->ldb + t : t * g->ldb + j;
+    return (const char *)g->b + index * (int64_t)sa_dtype_size(g->b_dtype);
+}
+
+static void *
+c_at(const gemm_job *job, int64_t i, int64_t j)
+{
+    return (char *)job->g->c + (i * job->g->ldc + j) * (int64_t)job->size;
+}
+
+/* c = bias, or 0: what the sums are added to. */
+static void
+start_block(const gemm_job *job, block c)
+{
+    const size_t bytes = (size_t)(c.j1 - c.j0) * job->size;
+    for (int64_t i = c.i0; i < c.i1; i++) {
+        if (job->g->bias != NULL) {
+            memcpy(c_at(job, i, c.j0), (const char *)job->g->bias + (size_t)c.j0 * job->size, bytes);
+        } else {
+            memset(c_at(job, i, c.j0), 0, bytes);
+        }
+    }
+}
+
+/* panels[p][t][w] = b[t0 + t][j0 + p w ..] where b's rows lie as they are summed: a few rows at a time, so that
+ * memory is read along them. */
+static void
+pack_rows(const gemm_job *job, char *panels, int64_t t0, int depth, int64_t j0, int64_t j1)
+{
+    const sa_gemm_args *const g = job->g;
+    const int w = job->tile->strip_max;
+    const size_t row_bytes = (size_t)w * job->size;
+    for (int t = 0; t < depth; t += ROWS_READ) {
+        const int rows = SA_MIN(depth - t, ROWS_READ);
+        char *to = panels + (size_t)t * row_bytes;
+        for (int64_t j = j0; j < j1; j += w, to += (size_t)depth * row_bytes) {
+            const int width = (int)SA_MIN(j1 - j, w);
+            if (width < w) {
+                memset(to, 0, (size_t)rows * row_bytes);
+            }
+            job->tile->load_rows(to, w, b_at(job, t0 + t, j), g->b_dtype, g->ldb, rows, width, 1.0);
+        }
+    }
+}
+
+/* The same where b is stored as [n, k]. wide: room for [w][DEPTH] reals, rows of half precision widened. */
+static void
+pack_turned(const gemm_job *job, char *panels, char *wide, int64_t t0, int depth, int64_t j0, int64_t j1)
+{
+    const sa_gemm_args *const g = job->g;
+    const int w = job->tile->strip_max;
+    const void *row[SA_STRIP_MAX];
+    for (int64_t j = j0; j < j1; j += w, panels += (size_t)depth * (size_t)w * job->size) {
+        const int width = (int)SA_MIN(j1 - j, w);
+        if (is_widened(g)) {
+            job->tile->load_rows(wide, DEPTH, b_at(job, t0, j), g->b_dtype, g->ldb, width, depth, 1.0);
+        }
+        for (int r = 0; r < width; r++) {
+            row[r] = is_widened(g) ? wide + (size_t)r * DEPTH * job->size : b_at(job, t0, j + r);
+        }
+        job->tile->load_cols(panels, w, row, g->dtype, width, depth, 1.0);
+    }
+}
+
+/* c += a panel where the panel is wider than c: the product goes to `whole` [rows][w] first. */
+static void
+add_edge(const gemm_job *job, void *whole, const void *panel, block c, int64_t t0, int depth)
+{
+    const int w = job->tile->strip_max;
+    const int64_t rows = c.i1 - c.i0, width = c.j1 - c.j0;
+    job->tile->product(whole, w, a_at(job, c.i0, t0), job->g->lda, panel, w, (int)rows, w, depth, false);
+    for (int64_t i = 0; i < rows; i++) {
+        void *const to = c_at(job, c.i0 + i, c.j0);
+        for (int64_t j = 0; j < width; j++) {
+            if (job->g->dtype == SA_F64) {
+                ((double *)to)[j] += ((const double *)whole)[i * w + j];
+            } else {
+                ((float *)to)[j] += ((const float *)whole)[i * w + j];
+            }
+        }
+    }
+}
+
+/* Scratch of a tile task, in elements: packed block, widened rows, edge. */
+static size_t
+tile_scratch(const sa_tile *tile)
+{
+    return (size_t)COLUMNS * DEPTH + (size_t)tile->strip_max * (DEPTH + ROWS_NEAR);
+}
+
+static sa_status
+tile_block(sa_ctx *ctx, const gemm_job *job, block c, sa_arena *scratch)
+{
+    const sa_gemm_args *const g = job->g;
+    const int w = job->tile->strip_max;
+    char *const panels = sa_arena_take(scratch, tile_scratch(job->tile) * job->size);
+    char *const wide = panels + (size_t)COLUMNS * DEPTH * job->size;
+    char *const edge = wide + (size_t)w * DEPTH * job->size;
+    start_block(job, c);
+    for (int64_t t0 = 0; t0 < g->k && !sa_stopped(ctx); t0 += DEPTH) {
+        const int depth = (int)SA_MIN(g->k - t0, DEPTH);
+        const size_t panel_bytes = (size_t)w * (size_t)depth * job->size;
+        if (g->b_transposed) {
+            pack_turned(job, panels, wide, t0, depth, c.j0, c.j1);
+        } else {
+            pack_rows(job, panels, t0, depth, c.j0, c.j1);
+        }
+        for (int64_t i = c.i0; i < c.i1; i += ROWS_NEAR) {
+            const int64_t end = SA_MIN(i + ROWS_NEAR, c.i1);
+            const char *panel = panels;
+            for (int64_t j = c.j0; j < c.j1; j += w, panel += panel_bytes) {
+                if (j + w > c.j1) {
+                    add_edge(job, edge, panel, (block){i, end, j, c.j1}, t0, depth);
+                } else {
+                    job->tile->product(c_at(job, i, j), g->ldc, a_at(job, i, t0), g->lda, panel, w,
+                                       (int)(end - i), w, depth, true);
+                }
+            }
+        }
+    }
+    return SA_OK;
+}
+
+static sa_status
+blas_block(const gemm_job *job, block c, sa_arena *scratch)
+{
+    const sa_gemm_args *const g = job->g;
+    const int m = (int)(c.i1 - c.i0), n = (int)(c.j1 - c.j0), k = (int)g->k;
+    const int turned = g->b_transposed ? SA_CBLAS_TRANSPOSED : SA_CBLAS_AS_IS;
+    const void *b = b_at(job, 0, c.j0);
+    int ldb = (int)g->ldb;
+    if (is_widened(g)) {
+        void *const wide = sa_arena_take(scratch, (size_t)k * (size_t)n * job->size);
+        ldb = g->b_transposed ? k : n;
+        job->tile->load_rows(wide, ldb, b, g->b_dtype, g->ldb, g->b_transposed ? n : k, ldb, 1.0);
+        b = wide;
+    }
+    const bool add = g->bias != NULL;
+    if (add) {
+        start_block(job, c);
+    }
+    void *const to = c_at(job, c.i0, c.j0);
+    const void *const a = a_at(job, c.i0, 0);
+    const int lda = (int)g->lda, ldc = (int)g->ldc;
+    if (g->dtype == SA_F64) {
+        job->blas->dgemm(SA_CBLAS_ROWS, SA_CBLAS_AS_IS, turned, m, n, k, 1.0, a, lda, b, ldb,
+                         add ? 1.0 : 0.0, to, ldc);
+    } else {
+        job->blas->sgemm(SA_CBLAS_ROWS, SA_CBLAS_AS_IS, turned, m, n, k, 1.0f, a, lda, b, ldb,
+                         add ? 1.0f : 0.0f, to, ldc);
+    }
+    return SA_OK;
+}
+
+static sa_status
+run_block(sa_ctx *ctx, void *arg, int64_t task, int worker)
+{
+    const gemm_job *const job = arg;
+    const sa_gemm_args *const g = job->g;
+    sa_arena *const scratch = sa_scratch(ctx, worker);
+    const int64_t i0 = task % job->row_blocks * job->rows;
+    const int64_t j0 = task / job->row_blocks * job->columns;
+    const block c = {i0, SA_MIN(i0 + job->rows, g->m), j0, SA_MIN(j0 + job->columns, g->n)};
+    sa_arena_reset(scratch);
+    return job->blas != NULL ? blas_block(job, c, scratch) : tile_block(ctx, job, c, scratch);
+}
+
+/* Blocks by shape alone: narrower first, which packs no column of b twice, then shorter ones. */
+static void
+cut(gemm_job *job)
+{
+    const sa_gemm_args *const g = job->g;
+    const int64_t narrowest = COLUMNS / 2, shortest = 48;
+    job->rows = ROWS;
+    job->columns = job->blas == NULL ? COLUMNS : is_widened(g) ? narrowest : 2 * COLUMNS;
+    for (;;) {
+        job->row_blocks = (g->m + job->rows - 1) / job->rows;
+        job->column_blocks = (g->n + job->columns - 1) / job->columns;
+        const double flops = 2.0 * (double)SA_MIN(job->rows, g->m) *
+                             (double)SA_MIN(job->columns, g->n) * (double)g->k;
+        if (job->row_blocks * job->column_blocks >= TASKS_WANTED || flops < FLOPS_WANTED) {
+            return;
+        }
+        if (job->columns > narrowest) {
+            job->columns /= 2;
+        } else if (job->rows > shortest) {
+            job->rows = (SA_MIN(job->rows, g->m) / 2 + 23) / 24 * 24; /* 24: every register tile */
+        } else {
+            return;
+        }
+    }
+}
+
+sa_status
+sa_gemm(sa_ctx *ctx, const sa_gemm_args *g)
+{
+    if (g->m <= 0 || g->n <= 0) {
+        return SA_OK;
+    }
+    gemm_job job = {.g = g, .size = sa_dtype_size(g->dtype)};
+    job.tile = sa_tile_for(g->dtype == SA_F64);
+    const int64_t largest = SA_MAX(SA_MAX(g->lda, g->ldb), SA_MAX(g->ldc, SA_MAX(g->k, g->n)));
+    job.blas = g->k > 0 && largest <= INT_MAX ? sa_blas_get() : NULL;
+    cut(&job);
+    size_t bytes = tile_scratch(job.tile);
+    if (job.blas != NULL) {
+        bytes = 0;
+        if (is_widened(g) && !sa_mul((size_t)g->k, (size_t)job.columns, &bytes)) {
+            return sa_fail(ctx, SA_ENOMEM, "product: k=%lld is too large", (long long)g->k);
+        }
+    }
+    if (!sa_mul(bytes, job.size, &bytes)) {
+        return sa_fail(ctx, SA_ENOMEM, "product: k=%lld is too large", (long long)g->k);
+    }
+    const sa_status status = sa_scratch_reserve(ctx, bytes + SA_ALIGN);
+    if (status != SA_OK) {
+        return status;
+    }
+    return sa_parallel(ctx, job.row_blocks * job.column_blocks, run_block, &job);
+}

@@ -1,0 +1,84 @@
+/* merge.c - joins normalised partial results over disjoint keys. [algorithms 0.8] */
+#include <math.h>
+
+#include "base/threads.h"
+#include "engine/attend.h"
+
+enum { MERGE_ROWS = 64 };
+
+typedef struct {
+    sa_view out, lse;
+    const sa_view *outs, *lses;
+    int n;
+} merge_call;
+
+static double
+load(const void *row, sa_dtype dtype, int64_t at)
+{
+    return dtype == SA_F64 ? ((const double *)row)[at] : (double)((const float *)row)[at];
+}
+
+static void
+store(void *row, sa_dtype dtype, int64_t at, double x)
+{
+    if (dtype == SA_F64) {
+        ((double *)row)[at] = x;
+    } else {
+        ((float *)row)[at] = (float)x;
+    }
+}
+
+static void
+merge_row(const merge_call *m, int64_t b, int64_t h, int64_t i)
+{
+    const int64_t dim = m->out.size[3];
+    void *const out = sa_view_row(m->out, b, h, i);
+    double high = -INFINITY, sum = 0;
+    for (int a = 0; a < m->n; a++) {
+        const double x = load(sa_view_row(m->lses[a], b, h, i), m->lses[a].dtype, 0);
+        high = x > high || isnan(x) ? x : high;
+    }
+    for (int a = 0; a < m->n && high != -INFINITY; a++) {
+        sum += exp(load(sa_view_row(m->lses[a], b, h, i), m->lses[a].dtype, 0) - high);
+    }
+    const double total = high == -INFINITY ? -INFINITY : high + log(sum);
+    for (int64_t c = 0; c < dim; c++) {
+        double x = 0;
+        for (int a = 0; a < m->n && high != -INFINITY; a++) {
+            const double w = exp(load(sa_view_row(m->lses[a], b, h, i), m->lses[a].dtype, 0) - total);
+            x += w == 0 ? 0 : w * load(sa_view_row(m->outs[a], b, h, i), m->outs[a].dtype, c);
+        }
+        store(out, m->out.dtype, c, x);
+    }
+    if (m->lse.data != NULL) {
+        store(sa_view_row(m->lse, b, h, i), m->lse.dtype, 0, total);
+    }
+}
+
+static sa_status
+merge_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
+{
+    const merge_call *const m = arg;
+    const int64_t heads = m->out.size[1], n_q = m->out.size[2], rows = m->out.size[0] * heads * n_q;
+    (void)ctx;
+    (void)worker;
+    for (int64_t row = task * MERGE_ROWS; row < SA_MIN((task + 1) * MERGE_ROWS, rows); row++) {
+        merge_row(m, row / (n_q * heads), row / n_q % heads, row % n_q);
+    }
+    return SA_OK;
+}
+
+sa_status
+sa_merge(sa_ctx *ctx, sa_view out, sa_view lse, const sa_view *outs, const sa_view *lses, int n)
+{
+    merge_call m = {.out = out, .lse = lse, .outs = outs, .lses = lses, .n = n};
+    for (int a = 0; a < n; a++) {
+        for (int axis = 0; axis < 4; axis++) {
+            if (outs[a].size[axis] != out.size[axis] || (axis < 3 && lses[a].size[axis] != out.size[axis])) {
+                return sa_fail(ctx, SA_EINVAL, "merge: part %d has another shape than part 0; give parts of one shape", a);
+            }
+        }
+    }
+    const int64_t rows = out.size[0] * out.size[1] * out.size[2];
+    return sa_parallel(ctx, (rows + MERGE_ROWS - 1) / MERGE_ROWS, merge_task, &m);
+}

@@ -1,0 +1,12 @@
+/* tile_f64_avx512.c - the tile table of double on avx512. */
+#include "base/cpu.h"
+#ifdef SA_X86
+#include "tile/tile_includes.h"
+#include "tile/target_avx512.h"
+#define SA_REAL double
+#define SA_REAL_IS_DOUBLE 1
+#define SA_VBYTES 64
+#define SA_SUFFIX f64_avx512
+#include "tile/tile_body.h"
+#include "tile/target_pop.h"
+#endif

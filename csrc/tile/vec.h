@@ -1,0 +1,183 @@
+/* vec.h - inline functions over the compiler's vector types, for one real type and one width.
+ *
+ * Included by tile_body.h after SA_REAL and SA_VBYTES are set. a * b + c contracts to one FMA under
+ * -ffp-contract=fast. Intrinsics stand only where the language has no vector operator: max, select.
+ */
+#define SA_PASTE2(a, b) a##_##b
+#define SA_PASTE(a, b) SA_PASTE2(a, b)
+#define SA_NAME(name) SA_PASTE(name, SA_SUFFIX)
+#define SA_IS_F64 (sizeof(SA_REAL) == 8)
+#define LANES ((int)(SA_VBYTES / sizeof(SA_REAL)))
+
+typedef SA_REAL real;
+typedef SA_REAL vreal __attribute__((vector_size(SA_VBYTES)));
+typedef SA_REAL vreal_u __attribute__((vector_size(SA_VBYTES), aligned(sizeof(SA_REAL)), may_alias));
+#if defined(SA_REAL_IS_DOUBLE)
+typedef int64_t sint;
+#else
+typedef int32_t sint;
+#endif
+typedef sint vint __attribute__((vector_size(SA_VBYTES)));
+typedef sint vint_u __attribute__((vector_size(SA_VBYTES), aligned(sizeof(sint)), may_alias));
+
+#define SA_INLINE static inline __attribute__((always_inline, unused))
+
+SA_INLINE vreal
+vload(const real *p)
+{
+    return *(const vreal_u *)p;
+}
+
+SA_INLINE void
+vstore(real *p, vreal a)
+{
+    *(vreal_u *)p = a;
+}
+
+SA_INLINE vreal
+vset(real x)
+{
+    return x - (vreal){0};
+}
+
+SA_INLINE vint
+vset_int(sint x)
+{
+    return x - (vint){0};
+}
+
+/* mask ? a : b, mask lanes all ones or all zeros */
+SA_INLINE vreal
+vselect(vint mask, vreal a, vreal b)
+{
+#if defined(SA_HAVE_AVX512) && defined(SA_REAL_IS_DOUBLE)
+    return (vreal)_mm512_mask_blend_pd(_mm512_movepi64_mask((__m512i)mask), (__m512d)b, (__m512d)a);
+#elif defined(SA_HAVE_AVX512)
+    return (vreal)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)b, (__m512)a);
+#elif defined(SA_HAVE_AVX2) && defined(SA_REAL_IS_DOUBLE)
+    return (vreal)_mm256_blendv_pd((__m256d)b, (__m256d)a, (__m256d)mask);
+#elif defined(SA_HAVE_AVX2)
+    return (vreal)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
+#else
+    return (vreal)(((vint)a & mask) | ((vint)b & ~mask));
+#endif
+}
+
+/* a > b ? a : b, so that a NaN in b stays */
+SA_INLINE vreal
+vmax(vreal a, vreal b)
+{
+#if defined(SA_HAVE_AVX512) && defined(SA_REAL_IS_DOUBLE)
+    return (vreal)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(SA_HAVE_AVX512)
+    return (vreal)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(SA_HAVE_AVX2) && defined(SA_REAL_IS_DOUBLE)
+    return (vreal)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(SA_HAVE_AVX2)
+    return (vreal)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return vselect(a > b, a, b);
+#endif
+}
+
+/* true when any lane of the mask is set */
+SA_INLINE bool
+vany(vint mask)
+{
+#if defined(SA_HAVE_AVX512)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(SA_HAVE_AVX2)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+    sint any = 0;
+    for (int i = 0; i < LANES; i++) {
+        any |= mask[i];
+    }
+    return any != 0;
+#endif
+}
+
+SA_INLINE real
+vsum(vreal a)
+{
+    real lane[LANES];
+    vstore(lane, a);
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            lane[i] += lane[i + half];
+        }
+    }
+    return lane[0];
+}
+
+SA_INLINE real
+vmax_lanes(vreal a)
+{
+    real lane[LANES];
+    vstore(lane, a);
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+        }
+    }
+    return lane[0];
+}
+
+/* Lanes a0 b0 a1 b1 ...: the lower and the upper half of the shuffle of two vectors. */
+#if defined(SA_REAL_IS_DOUBLE) && SA_VBYTES == 16
+#define SA_LOW 0, 2
+#define SA_HIGH 1, 3
+#elif (defined(SA_REAL_IS_DOUBLE) && SA_VBYTES == 32) || SA_VBYTES == 16
+#define SA_LOW 0, 4, 1, 5
+#define SA_HIGH 2, 6, 3, 7
+#elif (defined(SA_REAL_IS_DOUBLE) && SA_VBYTES == 64) || SA_VBYTES == 32
+#define SA_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define SA_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define SA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+
+/* Transposes LANES vectors in place: log2(LANES) perfect shuffles. */
+SA_INLINE void
+vtranspose(vreal row[LANES])
+{
+#pragma GCC unroll 4
+    for (int stage = 1; stage < LANES; stage *= 2) {
+        vreal next[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = __builtin_shufflevector(row[i], row[i + LANES / 2], SA_LOW);
+            next[2 * i + 1] = __builtin_shufflevector(row[i], row[i + LANES / 2], SA_HIGH);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            row[i] = next[i];
+        }
+    }
+}
+
+/* exp(d) for d <= 40. float32: e^d = 2^n 2^r with n = round(d log2 e), a degree-5 polynomial for 2^r (relative error
+ * 1.6e-7), 0 below -87.7; NaN stays NaN because 2^n is a factor. float64: libm, lane by lane. */
+SA_INLINE vreal
+vexp(vreal d)
+{
+#if defined(SA_REAL_IS_DOUBLE)
+    for (int i = 0; i < LANES; i++) {
+        d[i] = exp(d[i]);
+    }
+    return d;
+#else
+    const vreal log2e = vset(1.44269504088896341f);
+    const vreal magic = vset(12582912.0f + 127.0f); /* 1.5 2^23: the low bits hold n + 127 */
+    d = vmax(vset(-88.0f), d);
+    const vreal t = d * log2e + magic;
+    const vreal r = d * log2e - (t - magic);
+    vreal p = r * vset(0.001326472731307149f) + vset(0.009671512991189957f);
+    p = p * r + vset(0.05550733581185341f);
+    p = p * r + vset(0.24022242426872253f);
+    p = p * r + vset(0.6931470036506653f);
+    p = p * r + vset(1.0f);
+    return p * (vreal)((vint)t << 23);
+#endif
+}

@@ -1,0 +1,117 @@
+"""Sparse attention on the CPU.
+
+>>> import numpy as np, sparseattn as sa
+>>> q = k = v = np.random.default_rng(0).standard_normal((1, 8, 256, 64), np.float32)
+>>> sa.attention(q, k, v, sa.TopK(16), causal=True).shape
+(1, 8, 256, 64)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sparseattn import _core
+from sparseattn.attention import attention, merge, plan, scaled_dot_product_attention
+from sparseattn.config import get_num_threads, set_num_threads, show_config
+from sparseattn.errors import (
+    ArgumentError,
+    DtypeError,
+    FileError,
+    InternalError,
+    NotSupported,
+    OutOfMemory,
+    SparseAttnError,
+    UnknownArgument,
+)
+from sparseattn.plan import Plan
+from sparseattn.variants import (
+    BlockMask,
+    Dense,
+    Intersection,
+    PerHead,
+    PerLayer,
+    RandomKeys,
+    TopK,
+    Union,
+    Variant,
+    Window,
+    parse,
+    specs,
+)
+
+if TYPE_CHECKING:
+    from sparseattn.evaluation.compare import compare
+    from sparseattn.models import Model
+
+__version__: str = _core.__version__
+
+__all__ = [
+    # attention
+    "attention",
+    "scaled_dot_product_attention",
+    "merge",
+    "plan",
+    "Plan",
+    # specs
+    "parse",
+    "specs",
+    "Variant",
+    "Dense",
+    "Window",
+    "BlockMask",
+    "TopK",
+    "RandomKeys",
+    "Union",
+    "Intersection",
+    "PerHead",
+    "PerLayer",
+    # models and evaluation
+    "Model",
+    "compare",
+    # what runs
+    "show_config",
+    "get_num_threads",
+    "set_num_threads",
+    # errors
+    "SparseAttnError",
+    "ArgumentError",
+    "DtypeError",
+    "FileError",
+    "InternalError",
+    "NotSupported",
+    "OutOfMemory",
+    "UnknownArgument",
+]
+
+# Imported at first use: they bring the standard library's heavier half, tokenizers, safetensors.
+_LAZY = {
+    "Model": "sparseattn.models",
+    "compare": "sparseattn.evaluation.compare",
+    "plots": "sparseattn.plots",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _LAZY.get(name)
+    if home is None:
+        raise AttributeError(f"module 'sparseattn' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    value = module if home == f"sparseattn.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+if _core.isa_refused() is not None:
+    import warnings
+
+    warnings.warn(
+        f"SPARSEATTN_ISA={_core.isa_refused()} is none of {', '.join(_core.isas())}, which this "
+        f"CPU has: {_core.isa()} runs",
+        RuntimeWarning,
+        stacklevel=2,
+    )

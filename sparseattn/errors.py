@@ -1,0 +1,37 @@
+"""The exceptions: each is a ``SparseAttnError`` and the built-in that fits.
+
+Every message is one sentence that names the argument, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+from sparseattn._core import (
+    ArgumentError,
+    DtypeError,
+    InternalError,
+    OutOfMemory,
+    SparseAttnError,
+)
+
+__all__ = [
+    "ArgumentError",
+    "DtypeError",
+    "FileError",
+    "InternalError",
+    "NotSupported",
+    "OutOfMemory",
+    "SparseAttnError",
+    "UnknownArgument",
+]
+
+
+class FileError(SparseAttnError, OSError):
+    """A file or folder is missing, damaged, or not what it says it is."""
+
+
+class NotSupported(SparseAttnError, NotImplementedError):
+    """A right request that this version does not answer yet."""
+
+
+class UnknownArgument(SparseAttnError, TypeError):
+    """A keyword that is spelled otherwise here."""

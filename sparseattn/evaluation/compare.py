@@ -1,0 +1,300 @@
+"""The main job: what happens when a checkpoint's attention is replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparseattn.errors import ArgumentError, SparseAttnError
+from sparseattn.evaluation.cost import (
+    LENGTHS,
+    PEAK_LENGTH,
+    LengthTiming,
+    Timer,
+    head_shape,
+    peak_bytes,
+)
+from sparseattn.evaluation.job import Job, checked_int, checked_numbers, output_folder, prepare
+from sparseattn.evaluation.report import Comparison, build_report
+from sparseattn.evaluation.rows import DENSE, Row, given_rows, matched_rows, parse_attention
+from sparseattn.evaluation.trust import reference_difference
+from sparseattn.progress import progress as open_progress
+from sparseattn.variants import Variant
+
+__all__ = ["Comparison", "CompareJob", "compare"]
+
+DEFAULT = ("dense", "window:64", "topk:16")
+REFERENCE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a comparison is asked for, beside model and text."""
+
+    attention: Any = DEFAULT
+    tokens: int | None = 20_000
+    seeds: int = 1
+    lengths: Sequence[int] = LENGTHS
+    save: str | os.PathLike[str] | None = None
+    context: int | None = None
+    stride: int | None = None
+    budgets: float | Sequence[float] = ()
+    max_kl: float = 0.01
+    time_budget: float = 30.0
+    seed: int = 0
+    random_weights: int | None = None
+    tokenizer: str | os.PathLike[str] | None = None
+    progress: bool | None = None
+
+
+def compare(
+    model: Any = None,
+    text: Any = None,
+    attention: str | Variant | Iterable[str | Variant] = DEFAULT,
+    tokens: int | None = 20_000,
+    seeds: int = 1,
+    lengths: Sequence[int] = LENGTHS,
+    save: str | os.PathLike[str] | None = None,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    budgets: float | Sequence[float] = (),
+    max_kl: float = 0.01,
+    time_budget: float = 30.0,
+    seed: int = 0,
+    random_weights: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Comparison:
+    """Compare attention variants on a checkpoint: quality, cost and memory, a row a variant.
+
+    Parameters
+    ----------
+    model : path, Model or None
+        A Hugging Face folder (GPT-2 or LLaMA), a loaded model, or None for the embedded one.
+    text : path, str, sequence of int or None
+        A UTF-8 file, the text itself (if it holds a line break), token ids, or None for the
+        default text.
+    attention : spec or sequence of specs
+        Dense is always among the rows: all others are compared with it.
+    tokens : int or None
+        At most so many tokens of the text; None takes all.
+    seeds : int
+        Seeds that specs with randomness run with.
+    lengths : sequence of int
+        Sequence lengths at which attention alone is timed.
+    save : path, optional
+        A folder for compare.csv, compare.json and the plots. An interrupted run goes on there.
+    context, stride : int, optional
+        Tokens of a block, and from block to block: the model's context up to 1,024, no overlap.
+    budgets : float or sequence of float
+        Adds rows that keep these shares of the visible pairs, and their two bounds.
+    max_kl : float
+        In nats per token: what the recommended spec may differ from dense.
+    time_budget : float
+        Seconds for all timing; 0 leaves the timing out.
+    seed : int
+        Of bootstrap draws, timed inputs and specs with randomness.
+    random_weights : int, optional
+        Draw the parameters from this seed; the folder needs a config.json only.
+    tokenizer : path, optional
+        A folder or tokenizer.json instead of the model folder's own.
+    progress : bool, optional
+        None shows a bar on a terminal and in a notebook.
+
+    Returns
+    -------
+    Comparison
+        Prints as a table; `to_dict`, `to_pandas`, `plot`. Losses and KL in nats per token.
+
+    Raises
+    ------
+    ArgumentError, FileError
+        Before anything is computed: see the message.
+
+    Examples
+    --------
+    >>> import sparseattn as sa
+    >>> sa.compare(attention=["dense", "window:32"], tokens=2000)     # doctest: +SKIP
+    """
+    options = Options(
+        attention=attention,
+        tokens=tokens,
+        seeds=seeds,
+        lengths=lengths,
+        save=save,
+        context=context,
+        stride=stride,
+        budgets=budgets,
+        max_kl=max_kl,
+        time_budget=time_budget,
+        seed=seed,
+        random_weights=random_weights,
+        tokenizer=tokenizer,
+        progress=progress,
+    )
+    with CompareJob(model, text, options) as job:
+        job.run()
+        return job.result()
+
+
+class CompareJob:
+    """A comparison that can be stopped: `result` holds the rows finished so far.
+
+    Leaving the ``with`` block by an exception writes them to the output folder as well.
+    """
+
+    def __init__(self, model: Any, text: Any, options: Options) -> None:
+        self.options = options
+        specs = parse_attention(options.attention)
+        budgets = checked_numbers("budgets", options.budgets)
+        self.lengths = check_lengths(options.lengths)
+        self.seeds = checked_int("seeds", options.seeds, 1, 1000)
+        (self.budget,) = checked_numbers("time_budget", options.time_budget)
+        (self.max_kl,) = checked_numbers("max_kl", options.max_kl)
+        folder = output_folder(options.save)
+        self.job = prepare(
+            model,
+            text,
+            specs,
+            tokens=options.tokens,
+            context=options.context,
+            stride=options.stride,
+            seed=options.seed,
+            random_weights=options.random_weights,
+            tokenizer=options.tokenizer,
+            progress=options.progress,
+        )
+        self.rows = [*given_rows(specs), *matched_rows(specs, budgets, self.job.context)]
+        self.shape = head_shape(self.job.model.config)
+        self.timed = self.budget > 0 and len(self.lengths) > 0
+        self.peak_length = min(PEAK_LENGTH, max(self.lengths, default=PEAK_LENGTH))
+        settings = {
+            "attention": [row.name for row in self.rows],
+            "budgets": list(budgets),
+            "seeds": self.seeds,
+            "lengths": list(self.lengths),
+            "time_budget": self.budget,
+        }
+        self.job.open(folder, "compare", settings)
+
+    def __enter__(self) -> CompareJob:
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        try:
+            if kind is not None:
+                self.write()
+        finally:
+            self.job.records.close()
+
+    def run(self) -> None:
+        """Do what has no record yet, and write the files."""
+        for row in self.rows:
+            self.job.score(row.spec, self.seeds)
+        self._reference()
+        if self.timed:
+            self._peaks()
+            self._time()
+        if self.job.records.get("done") is None:
+            self.job.records.add("done", {})
+        self.write(plots=True)
+
+    def result(self) -> Comparison:
+        """Return what is finished."""
+        data = build_report(
+            self.job,
+            self.rows,
+            self.timings() if self.timed else None,
+            seeds=self.seeds,
+            max_kl=self.max_kl,
+        )
+        data["shape"] = {**asdict(self.shape), "peak_length": self.peak_length}
+        return Comparison(data)
+
+    def write(self, plots: bool = False) -> None:
+        """Write compare.csv and compare.json, and the plots where matplotlib is."""
+        records = self.job.records
+        if records.folder is None:
+            return
+        result = self.result()
+        if not result.rows:
+            return
+        records.write(".csv", result.to_csv())
+        if plots:
+            result.data["files"] = save_plots(result, self.job)
+        records.write(".json", result.to_json())
+
+    def timed_specs(self) -> dict[str, Variant]:
+        """Return what is timed: all but the bounds, which only say how good a row could be."""
+        return {r.name: r.spec for r in self.rows if r.role not in ("floor", "ceiling")}
+
+    def timings(self) -> list[LengthTiming]:
+        """Return the lengths measured so far."""
+        found = (self.job.records.get(f"length|{n}") for n in self.lengths)
+        return [LengthTiming(**{k: v for k, v in r.items() if k != "id"}) for r in found if r]
+
+    def _reference(self) -> None:
+        """Compare dense logits with those of transformers, where that is installed."""
+        job = self.job
+        if job.records.get("reference") is not None:
+            return
+        ids = job.text.ids[: min(job.context, REFERENCE_TOKENS)]
+        folder: Path | None = getattr(job.model, "folder", None)
+        if self.options.random_weights is not None:
+            folder = None
+        hidden = job.model.hidden(ids[None], attention=DENSE)[0]
+        found = reference_difference(folder, ids, job.model.head(hidden))
+        job.records.add("reference", found)
+
+    def _peaks(self) -> None:
+        for name, spec in self.timed_specs().items():
+            key = f"peak|{name}"
+            if self.job.records.get(key) is not None:
+                continue
+            record: dict[str, Any] = {}
+            try:
+                record["bytes"] = peak_bytes(spec, self.shape, self.peak_length, self.job.seed)
+            except SparseAttnError as error:
+                record["reason"] = str(error)
+            self.job.records.add(key, record)
+
+    def _time(self) -> None:
+        timer = Timer(
+            self.timed_specs(),
+            self.shape,
+            self.lengths,
+            self.budget,
+            seed=self.job.seed,
+            done=self.timings(),
+        )
+        with open_progress(self.budget, "timing", "s", self.options.progress) as bar:
+            for timing in timer.run():
+                self.job.records.add(f"length|{timing.length}", timing.to_dict())
+                bar.update(timing.spent)
+
+
+def check_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
+    """Return the lengths in ascending order, each once."""
+    items = [lengths] if isinstance(lengths, int) else lengths
+    return tuple(sorted({checked_int("lengths", n, 16, 1 << 24) for n in items}))
+
+
+def save_plots(result: Comparison, job: Job) -> list[str]:
+    """Write the plots as SVG; without the plot extra, none."""
+    from sparseattn import plots
+
+    if not plots.available():
+        return []
+    files = []
+    for suffix, figure in (
+        (".svg", plots.quality_cost(result.data)),
+        ("-time.svg", plots.time_ratio(result.data)),
+    ):
+        if figure is not None:
+            path = job.records.write(suffix, plots.to_svg(figure))
+            files.append(path.name if path else "")
+    return files

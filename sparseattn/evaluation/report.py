@@ -1,0 +1,449 @@
+"""From finished records to the result of a comparison: plain data, table, CSV, HTML, plot."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sparseattn.evaluation.cost import LengthTiming, wins_from
+from sparseattn.evaluation.job import Job
+from sparseattn.evaluation.perplexity import BlockScore
+from sparseattn.evaluation.rows import DENSE, Row
+from sparseattn.evaluation.stats import DRAWS, Interval, bootstrap_mean
+from sparseattn.evaluation.table import (
+    Column,
+    Table,
+    lengths_word,
+    number,
+    percent,
+    to_csv,
+    with_interval,
+)
+
+__all__ = ["Comparison", "build_report"]
+
+DENSE_NAME = str(DENSE)
+RATES = ("kept", "k_rows", "v_rows")
+
+
+class Comparison:
+    """The result of a comparison.
+
+    Attributes
+    ----------
+    data : dict
+        Everything, as plain values; what compare.json holds.
+    """
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a variant; intervals are ``[value, low, high]``."""
+        rows: list[dict[str, Any]] = self.data["rows"]
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        copied: dict[str, Any] = json.loads(self.to_json())
+        return copied
+
+    def to_json(self) -> str:
+        """Return everything as JSON, one value a line where it nests."""
+        return json.dumps(self.data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def to_csv(self) -> str:
+        """Return one line a variant."""
+        return to_csv([flat(row) for row in self.rows])
+
+    def to_pandas(self) -> Any:
+        """Return one line a variant as a pandas DataFrame; needs the ``plot`` extra."""
+        import pandas
+
+        return pandas.DataFrame([flat(row) for row in self.rows])
+
+    def plot(self) -> Any:
+        """Return quality against cost as a matplotlib Figure; needs the ``plot`` extra."""
+        from sparseattn import plots
+
+        return plots.quality_cost(self.data)
+
+    def text(self, width: int = 120) -> str:
+        """Return the table with its legend, the trust line and the act line."""
+        if not self.rows:
+            return "\n".join([*heading(self.data), "no row is finished yet"])
+        parts = [heading(self.data), [self._table().text(width)], legend(self.data)]
+        parts.append([*trust_lines(self.data), f"act    {self.data['act']['text']}"])
+        return "\n\n".join("\n".join(part) for part in parts)
+
+    def __repr__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        lines = [*legend(self.data), *trust_lines(self.data), self.data["act"]["text"]]
+        notes = "<br>".join(html.escape(line) for line in lines)
+        title = html.escape(" · ".join(heading(self.data)))
+        table = self._table().html() if self.rows else ""
+        return f"<p>{title}</p>{table}<p><small>{notes}</small></p>"
+
+    def _table(self) -> Table:
+        return Table(Column("variant", [row["variant"] for row in self.rows]), columns(self.data))
+
+
+# ---- data --------------------------------------------------------------------------------------
+
+
+def build_report(
+    job: Job,
+    rows: Sequence[Row],
+    timings: Sequence[LengthTiming] | None,
+    *,
+    seeds: int,
+    max_kl: float,
+) -> dict[str, Any]:
+    """Return what is finished as plain data.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        All rows asked for; those without all their blocks are named as unfinished.
+    timings : sequence of LengthTiming or None
+        None where no timing was asked for.
+    """
+    dense = job.scores(DENSE, seeds)
+    finished = []
+    for row in rows:
+        scores = job.scores(row.spec, seeds)
+        if scores is not None and dense is not None:
+            finished.append(row_data(job, row, scores, dense[0], timings or ()))
+    names = [row["variant"] for row in finished]
+    data = {
+        "format": 1,
+        "complete": job.records.get("done") is not None,
+        "evaluation": {**job.describe(), "seeds": seeds, "seed": job.seed, "draws": DRAWS},
+        "environment": job.environment,
+        "settings": job.records.settings,
+        "unfinished": [row.name for row in rows if row.name not in names],
+        "rows": finished,
+        "timing": None if timings is None else timing_data(timings),
+        "trust": {
+            "dense_checksum": checksum(dense[0]) if dense else None,
+            "reference": without_id(job.records.get("reference")),
+        },
+    }
+    data["act"] = advice(finished, max_kl)
+    return data
+
+
+def row_data(
+    job: Job,
+    row: Row,
+    scores: list[list[BlockScore]],
+    dense: list[BlockScore],
+    timings: Sequence[LengthTiming],
+) -> dict[str, Any]:
+    """Return one row; `scores` holds a list of blocks for each seed."""
+    is_dense = row.spec == DENSE
+
+    def table(name: str, of: Sequence[Sequence[BlockScore]] = scores) -> Any:
+        return np.array([[getattr(score, name) for score in blocks] for blocks in of], dtype=float)
+
+    def mean(sums: Any, weights: str) -> list[float | None]:
+        return plain(bootstrap_mean(sums, table(weights, [dense])[0], seed=job.seed))
+
+    counts = {name: sum(s.counts[name] for b in scores for s in b) for name in scores[0][0].counts}
+    rates = [score.tokens / score.seconds for blocks in scores for score in blocks]
+    nll = mean(table("nll"), "targets")
+    return {
+        "variant": row.name,
+        "role": row.role,
+        "budget": row.budget,
+        "seeds": len(scores),
+        "nll": nll,
+        "perplexity": math.exp(min(nll[0] or 0.0, 700.0)),
+        "dnll": [0.0] * 3 if is_dense else mean(table("nll") - table("nll", [dense]), "targets"),
+        "dnll_tail": [0.0] * 3
+        if is_dense
+        else mean(table("nll_tail") - table("nll_tail", [dense]), "tail"),
+        "kl": [0.0] * 3 if is_dense else mean(table("kl"), "targets"),
+        "top1": [1.0] * 3 if is_dense else mean(table("agree"), "targets"),
+        "kept": counts["kept"] / counts["visible"],
+        "k_rows": counts["k_rows"] / counts["visible_rows"],
+        "v_rows": counts["v_rows"] / counts["visible_rows"],
+        "tokens_per_second": float(np.median(rates)),
+        **time_data(job, row, timings),
+    }
+
+
+def time_data(job: Job, row: Row, timings: Sequence[LengthTiming]) -> dict[str, Any]:
+    """Return the timed columns of one row."""
+    peak = job.records.get(f"peak|{row.name}") or {}
+    times: dict[str, Any] = {}
+    measured = []
+    for timing in timings:
+        seconds = timing.seconds.get(row.name)
+        if seconds is None:
+            reason = timing.left_out.get(row.name)
+            if reason:
+                times[str(timing.length)] = {"left_out": reason}
+            continue
+        measured.append(timing.length)
+        ratio = timing.ratio(row.name, DENSE_NAME, job.seed)
+        times[str(timing.length)] = {
+            "seconds": float(np.median(seconds)),
+            "ratio": plain(ratio) if ratio else None,
+        }
+    return {
+        "time": times,
+        "wins_from": wins_from(timings, row.name, DENSE_NAME, job.seed),
+        "measured_to": max(measured, default=None),
+        "peak_bytes": peak.get("bytes"),
+    }
+
+
+def timing_data(timings: Sequence[LengthTiming]) -> list[dict[str, Any]]:
+    """Return how each length was measured."""
+    return [
+        {
+            "length": t.length,
+            "heads": t.heads,
+            "kv_heads": t.kv_heads,
+            "repetitions": min(map(len, t.seconds.values()), default=0),
+            "left_out": t.left_out,
+            "spent_seconds": t.spent,
+        }
+        for t in timings
+    ]
+
+
+def advice(rows: Sequence[dict[str, Any]], max_kl: float) -> dict[str, Any]:
+    """Return the cheapest spec whose KL to dense is at most `max_kl`, as code."""
+    others = [r for r in rows if r["role"] in ("given", "matched") and r["variant"] != DENSE_NAME]
+    good = [r for r in others if (r["kl"][0] or 0.0) <= max_kl]
+    within = f"KL at most {max_kl:g} nats"
+    if not others:
+        return {"max_kl": max_kl, "spec": None, "text": "nothing to choose: only dense is finished"}
+    if not good:
+        near = min(others, key=lambda r: r["kl"][0])
+        text = (
+            f"no spec here has {within}; {near['variant']} comes nearest with "
+            f"{number(near['kl'][0])}: try larger ones, or a higher --max-kl"
+        )
+        return {"max_kl": max_kl, "spec": None, "text": text}
+    length = min((r["measured_to"] or 0 for r in good), default=0)
+    best = min(good, key=lambda r: (ratio_at(r, length) or math.inf, r["v_rows"], r["k_rows"]))
+    code = f'model(tokens, attention="{best["variant"]}")'
+    ratio = ratio_at(best, length)
+    cost = f"keeps {percent(best['kept'])}"
+    if ratio is not None:
+        cost = f"takes {number(ratio)} of dense's attention time at N = {lengths_word(length)}"
+    slow = "" if best["wins_from"] or ratio is None else " (so dense is the better choice here)"
+    text = f"{within}, cheapest: {best['variant']} {cost}{slow}:  {code}"
+    return {"max_kl": max_kl, "spec": best["variant"], "code": code, "text": text}
+
+
+def ratio_at(row: dict[str, Any], length: int) -> float | None:
+    """Return a row's time over dense's at a length, if it was measured."""
+    ratio = row["time"].get(str(length), {}).get("ratio")
+    return float(ratio[0]) if ratio else None
+
+
+def checksum(scores: Sequence[BlockScore]) -> str:
+    """Return one digest over the blocks' digests of dense losses."""
+    return hashlib.sha256("".join(score.sha256 for score in scores).encode()).hexdigest()
+
+
+def plain(interval: Interval) -> list[float | None]:
+    """Return value, low, high; None where there is no number."""
+    return [None if math.isnan(x) else float(x) for x in interval]
+
+
+def interval(values: Sequence[float | None]) -> Interval:
+    """Return what `plain` wrote."""
+    return Interval(*(math.nan if x is None else x for x in values))
+
+
+def without_id(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a record without what the file adds to it."""
+    return None if record is None else {k: v for k, v in record.items() if k != "id"}
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with one plain value a column."""
+    out: dict[str, Any] = {}
+    for name, value in row.items():
+        if name == "time":
+            for length, cell in value.items():
+                ratio = cell.get("ratio") or [None] * 3
+                out[f"seconds_{length}"] = cell.get("seconds")
+                for part, x in zip(("", "_low", "_high"), ratio, strict=True):
+                    out[f"time_ratio_{length}{part}"] = x
+        elif isinstance(value, list):
+            for part, x in zip(("", "_low", "_high"), value, strict=True):
+                out[f"{name}{part}"] = x
+        else:
+            out[name] = value
+    return out
+
+
+# ---- words -------------------------------------------------------------------------------------
+
+
+def heading(data: dict[str, Any]) -> list[str]:
+    """Return what was compared on what."""
+    e = data["evaluation"]
+    heads = f"{e['heads']} heads"
+    if e["kv_heads"] != e["heads"]:
+        heads += f" over {e['kv_heads']}"
+    return [
+        f"{e['model']} ({e['family']}, {e['layers']} layers, {heads} of {e['head_dim']}) "
+        f"on {e['text']}",
+        f"{e['predictions']:,} predictions in {e['blocks']} blocks of {e['context']}, "
+        f"stride {e['stride']}",
+    ]
+
+
+def columns(data: dict[str, Any]) -> list[Column]:
+    """Return all columns but the first."""
+    rows = data["rows"]
+    found = []
+    if any(row["budget"] for row in rows):
+        found.append(Column("budget", [budget_word(row) for row in rows], "quality"))
+
+    def add(head: str, cells: list[str], group: str) -> None:
+        found.append(Column(head, cells, group))
+
+    for head, name, sign, scale in (
+        ("Δnll", "dnll", True, 1.0),
+        ("Δnll tail", "dnll_tail", True, 1.0),
+        ("KL", "kl", False, 1.0),
+        ("top-1 %", "top1", False, 100.0),
+    ):
+        cells = [with_interval(interval(r[name]), sign=sign, scale=scale) for r in rows]
+        add(head, cells, "quality")
+    add("perplexity", [number(r["perplexity"], 4) for r in rows], "quality")
+    for head, name in zip(("kept", "K rows", "V rows"), RATES, strict=True):
+        add(head, [percent(r[name]) for r in rows], "quality")
+    add("tokens/s", [number(r["tokens_per_second"]) for r in rows], "quality")
+    if data["timing"]:
+        add("wins from", [wins_word(r) for r in rows], "time")
+        peaks = [r["peak_bytes"] for r in rows]
+        add("peak MiB", [number(None if p is None else p / 2**20) for p in peaks], "time")
+        for t in data["timing"]:
+            key = str(t["length"])
+            add(lengths_word(t["length"]), [time_word(r, key) for r in rows], "time")
+    return found
+
+
+def budget_word(row: dict[str, Any]) -> str:
+    """Return the share a row was matched to, and which bound it is."""
+    if row["budget"] is None:
+        return ""
+    bound = f" {row['role']}" if row["role"] in ("floor", "ceiling") else ""
+    return f"{100 * row['budget']:g} %{bound}"
+
+
+def wins_word(row: dict[str, Any]) -> str:
+    """Return the length from which a row is faster than dense."""
+    if row["variant"] == DENSE_NAME or row["measured_to"] is None:
+        return "-"
+    if row["wins_from"] is None:
+        return f"not by {lengths_word(row['measured_to'])}"
+    return lengths_word(row["wins_from"])
+
+
+def time_word(row: dict[str, Any], length: str) -> str:
+    """Return the ratio to dense; for dense itself, the time."""
+    cell = row["time"].get(length)
+    if not cell:
+        return "-"
+    if "left_out" in cell:
+        return "left out"
+    if row["variant"] == DENSE_NAME:
+        seconds = cell["seconds"]
+        return f"{number(seconds)} s" if seconds >= 1 else f"{number(seconds * 1e3)} ms"
+    return with_interval(interval(cell["ratio"]))
+
+
+def legend(data: dict[str, Any]) -> list[str]:
+    """Return what the columns mean."""
+    e = data["evaluation"]
+    seeds = f" and {e['seeds']} seeds where random" if e["seeds"] > 1 else ""
+    lines = [
+        f"Δnll: loss minus dense's on the same tokens, nats a token; tail: in the last quarter of "
+        f"a block. ± is half the 95 %\n  interval, bootstrap over {e['blocks']} blocks{seeds}, "
+        f"{e['draws']:,} draws. KL: KL(dense || variant), nats a token. top-1: same likeliest "
+        f"token.\nkept: of the visible query-key pairs; K, V rows: read, of the visible (union over "
+        f"a group of query heads). tokens/s: whole model."
+    ]
+    if any(row["budget"] for row in data["rows"]):
+        lines.append(
+            "budget: share to keep; floor: random keys, ceiling: best keys by true score."
+        )
+    if data["timing"]:
+        lines += timing_legend(data)
+    if data["unfinished"]:
+        lines.append(f"not finished: {', '.join(data['unfinished'])} (the same run goes on there)")
+    return lines
+
+
+def timing_legend(data: dict[str, Any]) -> list[str]:
+    """Return how the timed columns came about, and what was left out."""
+    runs = [t for t in data["timing"] if t["heads"]]
+    shape = data["shape"]
+    heads = []
+    for t in runs:
+        if not heads or heads[-1][1] != t["heads"]:
+            heads.append((t["length"], t["heads"]))
+    words = ", ".join(f"{h} from {lengths_word(n)}" for n, h in heads)
+    peak = f"peak: extra memory of one call at N = {lengths_word(shape['peak_length'])}, "
+    lines = [
+        f"512 ...: causal attention time over dense's of the same run (dense: its time); heads of "
+        f"{shape['dim']}: {words}.\nwins from: length from which the whole interval stays below 1. "
+        f"{peak}{shape['heads']} heads."
+    ]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for t in data["timing"]:
+        for name, reason in t["left_out"].items():
+            reasons.setdefault((name, reason), []).append(lengths_word(t["length"]))
+    for (name, reason), lengths in reasons.items():
+        lines.append(f"left out: {name} at {', '.join(lengths)} ({reason})")
+    return lines
+
+
+def trust_lines(data: dict[str, Any]) -> list[str]:
+    """Return why to believe it."""
+    e, env, trust = data["evaluation"], data["environment"], data["trust"]
+    reference = trust["reference"]
+    if reference is None:
+        against = "not compared with transformers yet"
+    elif "reason" in reference:
+        against = f"not compared with transformers: {reference['reason']}"
+    else:
+        versions = ", ".join(f"{k} {v}" for k, v in reference["versions"].items())
+        against = (
+            f"largest logit difference to transformers {reference['max_difference']:.1e} over "
+            f"{reference['tokens']} tokens ({versions})"
+        )
+    check = (trust["dense_checksum"] or "-")[:12]
+    packages = ", ".join(f"{k} {v}" for k, v in env["packages"].items() if v)
+    return [
+        f"trust  dense: {against}; checksum {check}",
+        f"       text: {e['tokens']:,} tokens, sha256 {e['text_sha256'][:12]}; "
+        f"sparseattn {env['sparseattn']}, Python {env['python']}, {packages}",
+        f"       {env['cpu']}, {env['threads']} threads of {env['cores']} cores, {env['isa']}, "
+        f"BLAS {blas_word(env['blas'])}",
+    ]
+
+
+def blas_word(config: Any) -> str:
+    """Return the BLAS in a few words."""
+    words = " ".join(str(config).split()) if config else "none (own tiles)"
+    return words if len(words) <= 70 else f"{words[:67]}..."

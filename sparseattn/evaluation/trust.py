@@ -1,0 +1,136 @@
+"""What a result must carry to be believed: where it ran, and that dense is what others compute."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseattn import _core
+
+__all__ = ["environment", "reference_difference"]
+
+PACKAGES = ("numpy", "safetensors", "tokenizers")
+TIMEOUT = 180  # seconds
+
+# Runs in a process of its own: an interrupt ends it at once, and its libraries neither add to
+# this process's memory nor disturb its timing. Token ids come in, float32 logits go out.
+CHILD = """
+import os, sys
+results = os.dup(1)
+os.dup2(2, 1)
+import numpy as np, torch, transformers
+ids = np.frombuffer(sys.stdin.buffer.read(), dtype="<i4").astype(np.int64)
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], local_files_only=True, attn_implementation="eager"
+).float().eval()
+with torch.no_grad():
+    logits = model(torch.from_numpy(ids)[None]).logits[0]
+with os.fdopen(results, "wb") as out:
+    out.write(logits.numpy().astype("<f4").tobytes())
+"""
+
+
+def environment() -> dict[str, Any]:
+    """Return hardware, versions, threads, instruction set and BLAS."""
+    from sparseattn import __version__
+
+    return {
+        "sparseattn": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": _core.num_threads(),
+        "isa": _core.isa(),
+        "blas": _core.blas_config(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def reference_difference(
+    folder: Path | None, ids: NDArray[np.int32], logits: NDArray[np.float32]
+) -> dict[str, Any]:
+    """Return the largest difference of `logits` to those of transformers, or why there is none.
+
+    Parameters
+    ----------
+    folder : Path or None
+        The checkpoint; None where the parameters are in no file.
+    ids : ndarray of int32, shape (tokens,)
+    logits : ndarray of float32, shape (tokens, vocabulary)
+
+    Returns
+    -------
+    dict
+        ``max_difference``, ``tokens`` and ``versions``, or ``reason``.
+    """
+    if folder is None:
+        return {"reason": "no checkpoint that transformers could load"}
+    missing = [n for n in ("transformers", "torch") if importlib.util.find_spec(n) is None]
+    if missing:
+        return {"reason": f"{' and '.join(missing)} not installed"}
+    status, out, err = _run([sys.executable, "-c", CHILD, str(folder)], ids.astype("<i4").tobytes())
+    if status or len(out) != logits.nbytes:
+        lines = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
+        return {"reason": f"transformers failed ({lines[-1] if lines else 'no message':.120})"}
+    theirs = np.frombuffer(out, dtype="<f4").reshape(logits.shape)
+    return {
+        "max_difference": float(np.abs(theirs - logits).max()),
+        "tokens": len(ids),
+        "versions": {name: _version(name) for name in ("transformers", "torch")},
+    }
+
+
+def _run(command: Sequence[str], data: bytes) -> tuple[int, bytes, bytes]:
+    """Run a child outside of the terminal's group; it does not outlive this call."""
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **quiet},
+        start_new_session=True,
+    ) as child:
+        try:
+            out, err = child.communicate(data, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return 1, b"", f"no answer in {TIMEOUT} s".encode()
+        except BaseException:
+            child.kill()
+            raise
+        return child.returncode, out, err
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.lower().startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,342 @@
+"""The door for arrays: whatever a caller brings becomes 4-D views that the core reads.
+
+(..., heads, length, dim) becomes (batch, heads, length, dim), by view where strides allow. Copied
+are: other byte orders, misaligned data, strides that split elements, a last axis with gaps, half
+precision (widened to float32).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseattn.errors import ArgumentError, DtypeError
+from sparseattn.variants.base import Problem
+
+Array = NDArray[Any]
+
+CPU_DEVICES = (1, 3, 11)  # DLPack's CPU, and pinned host memory of CUDA and ROCm
+REAL = ("float32", "float64")
+HALF = ("float16", "bfloat16")
+CAUSAL = {"bottomright": 1, "topleft": 2}
+
+
+def is_torch(x: object) -> bool:
+    """A tensor of PyTorch; never imports it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
+
+
+def to_array(name: str, x: Any) -> tuple[Array, str]:
+    """Any array-like as an ndarray on the same memory where possible, and its dtype's name."""
+    if type(x) is np.ndarray:
+        return x, x.dtype.name
+    if isinstance(x, np.ma.MaskedArray):
+        raise ArgumentError(
+            f"{name} is a masked array, whose mask would be lost: "
+            f"pass {name}.filled(0) and say who may attend by mask= or key_mask="
+        )
+    if is_torch(x):
+        from sparseattn.integrations import torch
+
+        return torch.to_numpy(name, x), torch.dtype_name(x)
+    if x is None or isinstance(x, str | bytes):
+        raise ArgumentError(f"{name} must be an array, got {x!r:.80}")
+    device = getattr(x, "__dlpack_device__", None)
+    if device is not None and device()[0] not in CPU_DEVICES:
+        raise ArgumentError(
+            f"{name} is on DLPack device {tuple(map(int, device()))} and sparseattn computes on "
+            f"the CPU: copy {name} there first"
+        )
+    try:
+        if device is not None and not hasattr(x, "__array__"):
+            array = np.from_dlpack(x)
+        else:
+            array = np.asarray(x)
+    except (ValueError, TypeError, BufferError) as error:
+        raise ArgumentError(f"{name} cannot be read as an array: {error}") from None
+    return array, array.dtype.name
+
+
+def to_real(name: str, x: Any) -> tuple[Array, str]:
+    """float32 or float64, native, aligned, without gaps in the last axis; and the stored dtype."""
+    array, stored = to_array(name, x)
+    if stored not in REAL + HALF:
+        raise DtypeError(
+            f"{name} has dtype {stored}, not float32, float64, float16 or bfloat16: "
+            f"convert it, e.g. {name}.astype(np.float32)"
+        )
+    size = array.dtype.itemsize
+    if stored in HALF:
+        array = array.astype(np.float32, order="C")
+    elif not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    elif (
+        not array.flags.aligned
+        or any(stride % size for stride in array.strides)
+        or (array.ndim and array.shape[-1] > 1 and array.strides[-1] != size)
+    ):
+        array = array.copy()
+    return array, stored
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """q, k, v of one call as (batch, heads, length, dim), and how to give results back."""
+
+    q: Array
+    k: Array
+    v: Array
+    lead: tuple[int, ...]  # the axes that became batch
+    stored: str  # dtype name that the output is given in
+    torch: bool
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.lead, *self.q.shape[1:3], self.v.shape[3])
+
+    @property
+    def score_shape(self) -> tuple[int, int, int, int]:
+        batch, heads, n_q = self.q.shape[:3]
+        return batch, heads, n_q, self.k.shape[2]
+
+    def give(self, array: Array, *, stored: bool = False) -> Any:
+        """An array of (batch, ...) in the caller's kind, leading axes put back."""
+        array = array.reshape(self.lead + array.shape[1:])
+        dtype = self.stored if stored and self.stored in HALF else None
+        if self.torch:
+            from sparseattn.integrations import torch
+
+            return torch.from_numpy(array, dtype)
+        return array if dtype is None else array.astype(np.dtype(dtype))
+
+
+def read_alike(given: dict[str, Any]) -> tuple[list[Array], str]:
+    """Real arrays of one dtype, and that dtype's name."""
+    taken = {name: to_real(name, x) for name, x in given.items()}
+    first, (_, stored) = next(iter(taken.items()))
+    for name, (_, dtype) in taken.items():
+        if dtype != stored:
+            raise DtypeError(f"{name} is {dtype} and {first} is {stored}: convert one of them")
+    return [array for array, _ in taken.values()], stored
+
+
+def read_operands(q: Any, k: Any, v: Any) -> Operands:
+    """Check kinds and leading axes; sizes of heads, lengths and dims are the core's to check.
+
+    ``v`` None: planning needs no values, k stands in.
+    """
+    given = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    arrays, stored = read_alike(given)
+    for name, array in zip(given, arrays, strict=True):
+        if array.ndim < 3:
+            raise ArgumentError(
+                f"{name} must be (..., heads, length, dim), got shape {array.shape}: "
+                f"for one head pass {name}[None]"
+            )
+    return make_operands([*arrays, arrays[1]][:3], ("q", "k", "v"), stored, is_torch(q))
+
+
+def make_operands(
+    arrays: list[Array], names: tuple[str, str, str], stored: str, torch: bool
+) -> Operands:
+    """Operands of arrays (..., heads, length, dim) whose leading axes broadcast together."""
+    try:
+        lead = np.broadcast_shapes(*(array.shape[:-3] for array in arrays))
+    except ValueError:
+        shapes = ", ".join(f"{n} {array.shape}" for n, array in zip(names, arrays, strict=True))
+        raise ArgumentError(
+            f"the axes before (heads, length, dim) do not broadcast together: {shapes}"
+        ) from None
+    q, k, v = (collapse(array, lead) for array in arrays)
+    return Operands(q, k, v, lead, stored, torch)
+
+
+def collapse(x: Array, lead: tuple[int, ...]) -> Array:
+    """(..., a, b, c) as (batch, a, b, c), a view where strides allow."""
+    if x.shape[:-3] != lead:
+        x = np.broadcast_to(x, lead + x.shape[-3:])
+    return x if len(lead) == 1 else x.reshape((math.prod(lead), *x.shape[-3:]))
+
+
+def read_problem(
+    ops: Operands,
+    *,
+    causal: Any = False,
+    scale: Any = None,
+    mask: Any = None,
+    key_mask: Any = None,
+    bias: Any = None,
+    softcap: Any = None,
+) -> Problem:
+    dim = ops.q.shape[3]
+    default = dim**-0.5 if dim else 1.0
+    return Problem(
+        causal=read_causal(causal),
+        scale=default if scale is None else read_number("scale", scale),
+        softcap=0.0 if softcap is None else read_number("softcap", softcap, least=0.0),
+        mask=None if mask is None else spread("mask", read_mask(mask), ops),
+        bias=None if bias is None else spread("bias", read_bias(bias, ops), ops),
+        key_mask=None if key_mask is None else read_key_mask(key_mask, ops),
+    )
+
+
+def read_causal(causal: Any) -> int:
+    if isinstance(causal, bool | np.bool_):
+        return int(causal)
+    if isinstance(causal, str):
+        found = CAUSAL.get(causal.lower().replace("-", "").replace("_", ""))
+        if found is not None:
+            return found
+    raise ArgumentError(
+        f"causal must be False, True (the same as 'bottom_right'), 'bottom_right' or 'top_left', "
+        f"got {causal!r:.80}"
+    )
+
+
+def read_number(name: str, value: Any, least: float = -math.inf) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name} must be a number, got {value!r:.80}") from None
+    if not math.isfinite(number) or number < least:
+        bound = f" of at least {least:g}" if least > -math.inf else ""
+        raise ArgumentError(f"{name} must be a finite number{bound}, got {value!r:.80}")
+    return number
+
+
+def read_bool(name: str, x: Any, otherwise: str) -> Array:
+    array, stored = to_array(name, x)
+    if array.dtype == np.bool_:
+        return array
+    if array.dtype.kind in "iu":
+        raise DtypeError(
+            f"{name} has dtype {stored}, and True must mean 'may attend': "
+            f"pass {name}.astype(bool) if 1 means that"
+        )
+    raise DtypeError(f"{name} has dtype {stored}, not bool: {otherwise}")
+
+
+def read_mask(mask: Any) -> Array:
+    return read_bool("mask", mask, "a float array added to the scores is passed as bias=")
+
+
+def read_bias(bias: Any, ops: Operands) -> Array:
+    array, stored = to_array("bias", bias)
+    if array.dtype == np.bool_:
+        raise DtypeError("bias has dtype bool: True for 'may attend' is passed as mask=")
+    array, _ = to_real("bias", array if stored not in HALF else array.astype(np.float32))
+    return array.astype(ops.q.dtype, copy=False)
+
+
+def read_key_mask(key_mask: Any, ops: Operands) -> Array:
+    """bool (batch, n_k); a call without leading axes may leave batch out."""
+    array = read_bool("key_mask", key_mask, "it says which keys are there, and takes no floats")
+    n_k = ops.k.shape[2]
+    wanted = (*ops.lead, n_k)
+    if array.shape == (1, *wanted):
+        array = array[0]
+    if array.shape != wanted:
+        hint = ": a mask for (..., heads, n_q, n_k) is passed as mask=" if array.ndim > 2 else ""
+        raise ArgumentError(f"key_mask must have shape {wanted}, got {array.shape}{hint}")
+    return array.reshape(-1, n_k) if len(ops.lead) != 1 else array
+
+
+def spread(name: str, x: Array, ops: Operands) -> Array:
+    """Broadcast to (batch, heads, n_q, n_k) with strides of zero, never by copies of rows."""
+    batch, heads, n_q, n_k = ops.score_shape
+    full = (*ops.lead, heads, n_q, n_k)
+    try:
+        np.broadcast_to(x, full)
+    except ValueError:
+        hint = ""
+        if x.shape == (batch, n_k):
+            hint = ": padding of shape (batch, n_k) is passed as key_mask="
+        elif x.shape == (batch, n_q, n_k):
+            hint = f": for one {name} a batch pass {name}[:, None]"
+        raise ArgumentError(
+            f"{name} must broadcast to (..., heads, n_q, n_k) = {full}, got {x.shape}{hint}"
+        ) from None
+    x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
+    if all(size == 1 for size in x.shape[:-3]):
+        x = x.reshape((1, *x.shape[-3:]))
+    else:
+        x = collapse(x, ops.lead)
+    return np.broadcast_to(x, ops.score_shape)
+
+
+def check_params(params: Any, known: tuple[str, ...], spec: object) -> dict[str, Array] | None:
+    """The arrays of a spec, by name; names that it does not take are refused."""
+    if params is None:
+        return None
+    if not hasattr(params, "items"):
+        raise ArgumentError(f"params must be a mapping from names to arrays, got {params!r:.80}")
+    for name in params:
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no arrays"
+            raise ArgumentError(f"params has {name!r:.80}, and {spec} {takes}")
+    return {name: to_array(f"params[{name!r}]", value)[0] for name, value in params.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the output goes: an array the core writes, then perhaps a copy into the caller's."""
+
+    array: Array  # (batch, heads, n_q, dim_v) in the real type
+    given: Any  # the caller's out=, or None
+    direct: bool  # the core writes the caller's memory
+
+    def finish(self, ops: Operands) -> Any:
+        if self.given is None:
+            return ops.give(self.array, stored=True)
+        if not self.direct:
+            result = self.array.reshape(ops.out_shape)
+            if is_torch(self.given):
+                from sparseattn.integrations import torch
+
+                torch.store(self.given, result)
+            else:
+                self.given[...] = result
+        return self.given
+
+
+def make_target(out: Any, ops: Operands, masks: Problem | None = None) -> Target:
+    """A fresh array, or the caller's ``out``: checked for shape, dtype, writing and overlap."""
+    batch, heads, n_q = ops.q.shape[:3]
+    shape = (batch, heads, n_q, ops.v.shape[3])
+    if out is None:
+        return Target(np.empty(shape, ops.q.dtype), None, True)
+    if not isinstance(out, np.ndarray) and not is_torch(out):
+        raise ArgumentError(f"out must be an array or a CPU tensor, got {type(out).__name__}")
+    if tuple(out.shape) != ops.out_shape:
+        raise ArgumentError(f"out must have shape {ops.out_shape}, got {tuple(out.shape)}")
+    array, stored = to_array("out", out)
+    if stored != ops.stored:
+        raise DtypeError(f"out must have dtype {ops.stored} as q has, got {stored}")
+    if not array.flags.writeable:
+        raise ArgumentError("out must be writable, got a read-only array: pass a copy")
+    if any(step == 0 and size > 1 for step, size in zip(array.strides, array.shape, strict=True)):
+        raise ArgumentError("out must hold each element once, got a broadcast array: pass a copy")
+    read = {"q": ops.q, "k": ops.k, "v": ops.v}
+    if masks is not None:
+        named = {"mask": masks.mask, "bias": masks.bias, "key_mask": masks.key_mask}
+        read |= {name: x for name, x in named.items() if x is not None}
+    for name, x in read.items():
+        if overlap(array, x):
+            raise ArgumentError(f"out must not overlap {name}: pass another array")
+    view = to_real("out", array)[0].reshape(shape) if stored in REAL else None
+    if view is not None and np.may_share_memory(view, array):
+        return Target(view, out, True)
+    return Target(np.empty(shape, ops.q.dtype), out, False)
+
+
+def overlap(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # NumPy takes any
+    except np.exceptions.TooHardError:
+        return True

@@ -1,0 +1,1 @@
+"""Bridges to optional packages, each imported only when its objects arrive."""

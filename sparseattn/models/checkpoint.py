@@ -1,0 +1,379 @@
+"""Checkpoint folders: JSON and safetensors files from strangers, checked before anything is used.
+
+The order is always parse, validate, allocate, compute. A file is opened once, must be a regular
+file, and its size is known before its header is believed. Nothing in a folder is ever executed:
+``auto_map`` is ignored and pickled weights are refused.
+
+Weights are mapped read-only. Truncating a file while it is mapped ends any program with a bus
+error, so pass ``mmap=False`` (a private copy) for folders that others write to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap as mapping
+import os
+import re
+import shlex
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparseattn.errors import ArgumentError, FileError
+
+MAX_HEADER_BYTES = 16 * 2**20  # a safetensors header
+MAX_TENSORS = 100_000
+MAX_DIMS = 8
+MAX_NAME_BYTES = 4096
+MAX_OFFSET = 2**53  # beyond it JSON numbers are not exact for every reader
+MAX_CONFIG_BYTES = 2**20  # config.json and its small neighbours
+MAX_CONFIG_DEPTH = 16
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+# Bytes per element of every type that the format names in whole bytes.
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+# What a weight may be stored as, and how its bytes are viewed.
+WEIGHT_TYPES = {"F32": "<f4", "F64": "<f8", "F16": "<u2", "BF16": "<u2"}
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILES = ("*.json", "*.safetensors", "merges.txt")
+AGAIN = "download or export it again"
+
+
+def show(value: object) -> str:
+    """A value from a file as an error message may carry it: escaped, and short."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def find_folder(folder: str | os.PathLike[str]) -> Path:
+    """The local folder of a model: `folder` itself, or the hub's snapshot where it is an id."""
+    name = os.fspath(folder)
+    if not isinstance(name, str) or "\0" in name:
+        raise ArgumentError(f"folder is {show(name)}, which is no path: give a folder's name")
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileError(f"{show(name)} is a file: give the folder that holds it")
+    if HUB_ID.fullmatch(name):
+        return find_snapshot(name)
+    raise FileError(f"folder {show(name)} does not exist: give a folder with {CONFIG_FILE}")
+
+
+def find_snapshot(repo: str) -> Path:
+    """The snapshot folder of a hub id, from the local cache where it is complete."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileError(
+            f"folder {show(repo)} does not exist: give a local folder, or install the hub extra "
+            "(pip install 'sparseattn[hub]') to load by Hugging Face id"
+        ) from None
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=True))
+    except Exception:  # not cached, or not completely: every release has its own exception here
+        pass
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise FileError(
+            f"neither a local folder nor a readable Hugging Face id: {show(repo)} "
+            f"({type(error).__name__}); check the name and the network"
+        ) from error
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """A file descriptor and the size of a regular file (symlinks followed, as hub caches need)."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        fd = os.open(path, flags)  # O_NONBLOCK: a FIFO must not wait for its writer
+    except FileNotFoundError:
+        raise FileError(f"{show(str(path))} is missing: {AGAIN}") from None
+    except OSError as error:
+        raise FileError(
+            f"{show(str(path))} cannot be opened ({error.strerror}): check its permissions"
+        ) from None
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise FileError(f"{show(str(path))} is not a regular file: replace it by the file itself")
+    return fd, info.st_size
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """The UTF-8 text of a regular file of at most `max_bytes`."""
+    fd, size = open_regular(path)
+    with os.fdopen(fd, "rb") as file:
+        if size > max_bytes:
+            raise FileError(
+                f"{path.name} has {size} bytes, more than the limit of {max_bytes}: {AGAIN}"
+            )
+        data = file.read(max_bytes + 1)  # the size may have changed since
+    if len(data) > max_bytes:
+        raise FileError(f"{path.name} grew while it was read: load it when it is complete")
+    return decode_utf8(data, path.name)
+
+
+def decode_utf8(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{what} is not UTF-8 at byte {error.start}: {AGAIN}") from None
+
+
+def parse_json(text: str, what: str, max_depth: int) -> dict[str, Any]:
+    """The object in `text`; duplicate keys, other JSON values and deep nesting are refused."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FileError(f"{what} names {show(twice)} twice: {AGAIN}")
+        return values
+
+    too_deep = f"{what} is nested deeper than {max_depth} levels: {AGAIN}"
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except FileError:
+        raise
+    except RecursionError:
+        raise FileError(too_deep) from None
+    except ValueError as error:
+        raise FileError(f"{what} is not valid JSON ({show(str(error))}): {AGAIN}") from None
+    if not isinstance(values, dict):
+        raise FileError(f"{what} holds {show(values)} where an object is expected: {AGAIN}")
+    level: list[Any] = [values]
+    for _ in range(max_depth):
+        level = [child for node in level for child in children(node)]
+        if not level:
+            return values
+    raise FileError(too_deep)
+
+
+def children(node: Any) -> Iterable[Any]:
+    """The containers directly inside a container."""
+    inside = node.values() if isinstance(node, dict) else node
+    return (child for child in inside if isinstance(child, dict | list))
+
+
+def read_json(path: Path, max_bytes: int, max_depth: int) -> dict[str, Any]:
+    """A JSON object from a file, within limits."""
+    return parse_json(read_text(path, max_bytes), path.name, max_depth)
+
+
+def read_small_json(folder: Path, name: str) -> dict[str, Any]:
+    """An optional small file of a model folder; an absent one reads as empty."""
+    path = folder / name
+    if not os.path.lexists(path):
+        return {}
+    return read_json(path, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, as a dictionary not yet believed."""
+    path = folder / CONFIG_FILE
+    if not os.path.lexists(path):
+        raise FileError(
+            f"folder {show(str(folder))} has no {CONFIG_FILE}: give a Hugging Face model folder"
+        )
+    return read_json(path, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH)
+
+
+def find_weights(folder: Path) -> Path:
+    """The folder's safetensors file, or an error that says what to do about what is there."""
+    path = folder / WEIGHTS_FILE
+    if os.path.lexists(path):
+        return path
+    if os.path.lexists(folder / INDEX_FILE):
+        raise FileError(
+            f"folder {show(str(folder))} holds sharded weights, which are not read yet: save it "
+            "again as one file with save_pretrained(..., max_shard_size='1000GB')"
+        )
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLED)
+    if pickled:
+        source = shlex.quote(str(folder))
+        target = shlex.quote(str(folder) + "-safetensors")
+        raise FileError(
+            f"{pickled[0]} is a pickle, which can run code when it is read, and is refused: "
+            'convert it with python -c "import sys; from transformers import AutoModelForCausalLM '
+            f'as M; M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])" {source} {target}'
+        )
+    raise FileError(
+        f"folder {show(str(folder))} has no {WEIGHTS_FILE}: add it, or pass random_weights=0 for "
+        "random parameters"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+def integers(value: Any, high: int) -> bool:
+    """Whether `value` is a list of integers in [0, high]."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= high for n in value)
+
+
+def check_entry(what: str, name: str, entry: Any, base: int) -> Tensor:
+    """One tensor's header entry, its offsets moved by `base`."""
+    where = f"{what}: tensor {show(name)}"
+    if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES or "\0" in name:
+        raise FileError(f"{where} has a name with a NUL or of over {MAX_NAME_BYTES} bytes: {AGAIN}")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FileError(f"{where} is not described by dtype, shape and data_offsets: {AGAIN}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise FileError(f"{where} has dtype {show(dtype)}, which is unknown: save it as F32")
+    if not integers(shape, MAX_OFFSET) or len(shape) > MAX_DIMS:
+        raise FileError(
+            f"{where} has shape {show(shape)}, not at most {MAX_DIMS} counts below 2^53: {AGAIN}"
+        )
+    if not integers(offsets, MAX_OFFSET) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FileError(
+            f"{where} has data_offsets {show(offsets)}, not a [begin, end] within 2^53: {AGAIN}"
+        )
+    begin, end = offsets
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if nbytes != end - begin:
+        raise FileError(
+            f"{where} of shape {show(shape)} and dtype {dtype} needs {show(nbytes)} bytes, but its "
+            f"data_offsets hold {end - begin}: {AGAIN}"
+        )
+    return Tensor(dtype, tuple(shape), base + begin, base + end)
+
+
+def check_header(what: str, raw: bytes, size: int) -> dict[str, Tensor]:
+    """The tensors that a header describes, when they fill a file of `size` bytes exactly."""
+    if not raw.startswith(b"{"):
+        raise FileError(f"{what} has a header that does not start with '{{': {AGAIN}")
+    # Before parsing, which takes many times a header's size; a tensor has one key and two lists.
+    if raw.count(b'"data_offsets"') > MAX_TENSORS or raw.count(b"[") > 4 * MAX_TENSORS:
+        raise FileError(f"{what} describes more than {MAX_TENSORS} tensors: {AGAIN}")
+    header = parse_json(decode_utf8(raw, f"the header of {what}"), f"the header of {what}", 3)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileError(f"{what} has a __metadata__ that is not text by name: {AGAIN}")
+    if len(header) > MAX_TENSORS:
+        raise FileError(f"{what} describes more than {MAX_TENSORS} tensors: {AGAIN}")
+    base = 8 + len(raw)
+    tensors = {name: check_entry(what, name, entry, base) for name, entry in header.items()}
+    edges = [(t.begin, t.end, name) for name, t in tensors.items()]
+    edges = [(base, base, "the header"), *sorted(edges), (size, size, "the end of the file")]
+    for (_, end, before), (begin, _, after) in pairwise(edges):
+        if begin > end:
+            raise FileError(
+                f"{what} has {begin - end} bytes that belong to no tensor before {show(after)}: "
+                f"{AGAIN}"
+            )
+        if begin < end and after == "the end of the file":
+            raise FileError(
+                f"{what} is truncated: tensor {show(before)} ends at byte {end} of {size}; {AGAIN}"
+            )
+        if begin < end:
+            raise FileError(f"{what}: tensors {show(before)} and {show(after)} overlap: {AGAIN}")
+    return tensors
+
+
+class Checkpoint:
+    """A validated safetensors file: what it holds, and its tensors as float32.
+
+    Parameters
+    ----------
+    path : Path
+        The file. Its size is compared with its header before the header is parsed.
+    mmap : bool
+        Map the file read-only (default), or copy it into memory.
+
+    Raises
+    ------
+    FileError
+        If the file is no regular file, is truncated, or its header is not what it must be.
+    """
+
+    def __init__(self, path: Path, *, mmap: bool = True) -> None:
+        self.name = path.name
+        fd, size = open_regular(path)
+        with os.fdopen(fd, "rb") as file:
+            if size < 10:
+                raise FileError(f"{self.name} has {size} bytes, too few for a header: {AGAIN}")
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise FileError(
+                    f"{self.name} claims a header of {length} bytes, outside 2 to "
+                    f"{MAX_HEADER_BYTES}: {AGAIN}"
+                )
+            if length > size - 8:
+                raise FileError(
+                    f"{self.name} is truncated: it claims a header of {length} bytes and has "
+                    f"{size} in all; {AGAIN}"
+                )
+            raw = file.read(length)
+            self.tensors = check_header(self.name, raw, size)
+            changed = f"{self.name} changed while it was read: load it when it is complete"
+            if mmap:
+                try:
+                    self._data: Any = mapping.mmap(file.fileno(), size, access=mapping.ACCESS_READ)
+                except (OSError, ValueError) as error:  # ValueError: the file became shorter
+                    raise FileError(changed) from error
+            else:
+                file.seek(0)
+                self._data = file.read(size)
+            if len(self._data) != size:
+                raise FileError(changed)
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A tensor as read-only float32: the mapped bytes themselves where they are float32."""
+        tensor = self.tensors[name]
+        if tensor.dtype not in WEIGHT_TYPES:
+            raise FileError(
+                f"{self.name}: tensor {show(name)} has dtype {tensor.dtype}: save the weights as "
+                f"one of {', '.join(WEIGHT_TYPES)}"
+            )
+        flat = np.frombuffer(
+            self._data, WEIGHT_TYPES[tensor.dtype], math.prod(tensor.shape), tensor.begin
+        )
+        array = widen(flat, tensor.dtype).reshape(tensor.shape)
+        array.flags.writeable = False
+        return array
+
+
+def widen(flat: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored elements as aligned float32; halves are widened by the C core."""
+    if dtype in ("F16", "BF16"):
+        from sparseattn import _core
+
+        out = np.empty(flat.shape, np.float32)
+        _core.widen(np.require(flat, np.uint16, "A"), dtype.lower(), out)
+        return out
+    return np.require(flat, np.float32, "A")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known names, those most like `name` first, for an error message."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return ", ".join(close or sorted(known))

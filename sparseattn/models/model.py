@@ -1,0 +1,292 @@
+"""`Model`: a checkpoint folder as a function from token ids to logits."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparseattn.attention import Plan, run
+from sparseattn.errors import ArgumentError, DtypeError
+from sparseattn.inputs import make_target, read_operands, read_problem
+from sparseattn.models.checkpoint import (
+    Checkpoint,
+    find_folder,
+    find_weights,
+    nearest,
+    read_config,
+    read_small_json,
+    show,
+)
+from sparseattn.models.common import F32, Config, Family, Fields, Network, draw, match
+from sparseattn.models.gpt2 import GPT2
+from sparseattn.models.llama import LLAMA
+from sparseattn.models.tokenizer import Tokenizer, load_tokenizer
+from sparseattn.variants.base import Variant, parse
+
+FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
+
+Spec = Variant | str | None
+OnAttend = Callable[[int, Plan], None]
+
+
+class Model:
+    """A causal language model whose attention is chosen at each call.
+
+    Attributes
+    ----------
+    config : Config
+        Shape and switches, the same words for every family.
+    tokenizer : Tokenizer or None
+        None where the folder has none.
+    fingerprint : str
+        SHA-256 over `config` and the parameters as float32.
+    folder : Path or None
+        Where it was loaded from.
+
+    Notes
+    -----
+    Everything is computed in float32. float16 and bfloat16 files are widened once, when they are
+    loaded, so such a model takes twice its file's size; float32 files are mapped read-only.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: Config,
+        values: Mapping[str, F32],
+        tokenizer: Tokenizer | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self._values = values
+        self._network = Network(family, config, values)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        random_weights: int | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        mmap: bool = True,
+    ) -> Model:
+        """Load a folder with config.json, model.safetensors and, where it has one, a tokenizer.
+
+        Parameters
+        ----------
+        folder : path or str
+            A local folder; with the ``hub`` extra also a Hugging Face id.
+        random_weights : int, optional
+            A seed: read config.json only and draw the parameters as the family initialises them.
+        tokenizer : path, optional
+            A folder or tokenizer.json to use instead of the folder's own.
+        mmap : bool
+            False copies the weights instead of mapping the file.
+
+        Raises
+        ------
+        FileError
+            If a file is missing, damaged, larger than its limit, a pickle, or in contradiction
+            to config.json; nothing is allocated before all shapes agree.
+
+        Examples
+        --------
+        >>> import sparseattn as sa
+        >>> model = sa.Model.from_pretrained("path/to/folder")          # doctest: +SKIP
+        >>> logits = model([[1, 2, 3]], attention="window:64")          # doctest: +SKIP
+        """
+        path = find_folder(folder)
+        family, config = read_family(path)
+        if random_weights is None:
+            file = Checkpoint(find_weights(path), mmap=mmap)
+            config, names = match(family, config, file)
+            values = {short: file.read(name) for short, name in names.items()}
+        else:
+            values = draw(family, config, check_seed(random_weights))
+        own = load_tokenizer(path if tokenizer is None else tokenizer)
+        return cls(family, config, values, own, path)
+
+    def __repr__(self) -> str:
+        c = self.config
+        heads = f"{c.n_heads} heads" + (f" over {c.n_kv_heads}" if c.n_kv_heads < c.n_heads else "")
+        return (
+            f"Model({c.family}, {self.n_parameters:,} parameters, {c.n_layers} layers of "
+            f"{c.hidden}, {heads} of {c.head_dim}, {c.vocab_size} tokens, context {c.context})"
+        )
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters, a tied matrix counted once."""
+        return sum(math.prod(value.shape) for value in self._values.values())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name in sorted(self._values):
+            digest.update(name.encode() + b"\0")
+            digest.update(np.ascontiguousarray(self._values[name]))
+        return digest.hexdigest()
+
+    def __call__(
+        self,
+        tokens: ArrayLike,
+        attention: Spec = None,
+        per_layer: Mapping[int, Spec] | None = None,
+    ) -> F32:
+        """Logits of every position.
+
+        Parameters
+        ----------
+        tokens : array_like of int, shape (length,) or (batch, length)
+        attention : spec or str, optional
+            What attends, in every layer; None is dense. `PerLayer` says it layer by layer.
+        per_layer : mapping of int to spec, optional
+            Layers that differ from `attention`.
+
+        Returns
+        -------
+        ndarray of float32, shape (length, vocabulary) or (batch, length, vocabulary)
+
+        Raises
+        ------
+        DtypeError, ArgumentError
+            If tokens are not integers, out of the vocabulary or longer than the context, or a
+            layer or spec does not exist.
+
+        Examples
+        --------
+        >>> model(tokens, attention="topk:16", per_layer={0: "dense"})  # doctest: +SKIP
+        """
+        hidden = self.hidden(tokens, attention, per_layer)
+        return self.head(hidden)
+
+    def hidden(
+        self,
+        tokens: ArrayLike,
+        attention: Spec = None,
+        per_layer: Mapping[int, Spec] | None = None,
+        on_attend: OnAttend | None = None,
+    ) -> F32:
+        """States after the final norm: what `head` turns into logits.
+
+        Parameters
+        ----------
+        tokens, attention, per_layer
+            As for calling the model.
+        on_attend : callable, optional
+            Called with (layer, plan) after each layer's attention.
+
+        Returns
+        -------
+        ndarray of float32, shape (length, hidden) or (batch, length, hidden)
+        """
+        ids = self._check_tokens(tokens)
+        specs = self._layer_specs(attention, per_layer)
+        scales = self.config.scales
+
+        def attend(layer: int, q: F32, k: F32, v: F32, out: F32) -> None:
+            ops = read_operands(q, k, v)
+            problem = read_problem(ops, causal=True, scale=scales[layer])
+            _, plan, _ = run(ops, specs[layer], None, problem, make_target(out, ops), False)
+            if on_attend is not None:
+                on_attend(layer, plan)
+
+        rows = self._network.forward(np.atleast_2d(ids), attend)
+        return rows.reshape(*ids.shape, self.config.hidden)
+
+    def head(self, rows: F32) -> F32:
+        """Logits (..., vocabulary) of states (..., hidden) from `hidden`.
+
+        Callers that want a loss only pass a few rows at a time: logits of a whole text are large.
+        """
+        rows = np.asarray(rows)
+        if rows.dtype != np.float32:
+            raise DtypeError(f"rows is {rows.dtype}: give the float32 states of hidden()")
+        if rows.ndim < 1 or rows.shape[-1] != self.config.hidden:
+            raise ArgumentError(
+                f"rows has shape {rows.shape}: its last axis must be {self.config.hidden} wide"
+            )
+        flat = np.ascontiguousarray(rows.reshape(-1, self.config.hidden))
+        head = self._network.head
+        logits = head(flat, np.empty((len(flat), head.n_out), np.float32))
+        return logits.reshape(*rows.shape[:-1], head.n_out)
+
+    def _check_tokens(self, tokens: ArrayLike) -> NDArray[np.int64]:
+        """Token ids as int64, known to be in range."""
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:
+            raise ArgumentError("tokens has rows of different lengths: pad or split them") from None
+        if ids.ndim not in (1, 2) or ids.size == 0:
+            raise ArgumentError(
+                f"tokens has shape {ids.shape}: give (length,) or (batch, length), not empty"
+            )
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise DtypeError(f"tokens is {ids.dtype}: give integers, such as tokenizer.encode's")
+        for bad in (ids.min(), ids.max()):
+            if not 0 <= bad < self.config.vocab_size:
+                raise ArgumentError(
+                    f"tokens holds {bad}: this model's ids are 0 to {self.config.vocab_size - 1}"
+                )
+        if ids.shape[-1] > self.config.context:
+            raise ArgumentError(
+                f"tokens has length {ids.shape[-1]}, but this model has {self.config.context} "
+                "positions: give shorter blocks"
+            )
+        return ids.astype(np.int64)
+
+    def _layer_specs(self, attention: Spec, per_layer: Mapping[int, Spec] | None) -> list[Variant]:
+        """The spec of each layer."""
+        n = self.config.n_layers
+        every = as_spec(attention)
+        specs = [every.layer(i) for i in range(n)]
+        for i, spec in (per_layer or {}).items():
+            if type(i) is not int or not 0 <= i < n:
+                raise ArgumentError(f"per_layer names layer {i!r}: layers are 0 to {n - 1}")
+            specs[i] = as_spec(spec).layer(i)
+        return specs
+
+
+def as_spec(spec: Spec) -> Variant:
+    return parse("dense" if spec is None else spec)
+
+
+def check_seed(seed: object) -> int:
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ArgumentError(f"random_weights is {show(seed)}: give a seed from 0 to 2^63 - 1")
+    return seed
+
+
+def read_family(folder: Path) -> tuple[Family, Config]:
+    """The family that config.json names, and its configuration with the special tokens."""
+    fields = Fields(read_config(folder))
+    name = fields.get("model_type", None)
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise fields.fail(
+            "model_type", f"is {show(name)}: known are {nearest(str(name)[:80], list(FAMILIES))}"
+        )
+    if fields.values.get("quantization_config") is not None:
+        raise fields.fail("quantization_config", "is set: save the weights as F32, F16 or BF16")
+    family = FAMILIES[name]
+    config = family.read_config(fields)
+    both = (Fields(read_small_json(folder, "generation_config.json")), fields)
+    return family, replace(
+        config,
+        bos_token_id=next(
+            (t for f in both if (t := f.token("bos_token_id", config.vocab_size)) is not None), None
+        ),
+        eos_token_ids=next(
+            (t for f in both if (t := f.tokens("eos_token_id", config.vocab_size))), ()
+        ),
+    )

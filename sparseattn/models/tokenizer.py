@@ -1,0 +1,295 @@
+"""Tokenizers of model folders: tokenizer.json, or vocab.json with merges.txt.
+
+The `tokenizers` package does the work; this file checks what strangers may put into its input.
+Its regular expressions are run by a backtracking engine that a hostile pattern can stall for
+ever, so only patterns of known models are accepted unless the caller asks for more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparseattn.errors import ArgumentError, DtypeError, FileError
+from sparseattn.models.checkpoint import (
+    AGAIN,
+    parse_json,
+    read_small_json,
+    read_text,
+    show,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Engine
+
+MAX_TOKENIZER_BYTES = 64 * 2**20
+MAX_TOKENIZER_DEPTH = 32
+MAX_ENTRIES = 2**20  # pieces, added tokens, merges
+MAX_PIECE_BYTES = 4096
+
+FULL_FILE = "tokenizer.json"
+VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+END_OF_TEXT = "<|endoftext|>"
+
+# Splitting patterns of GPT-2, GPT-4 (cl100k), GPT-4o (o200k), LLaMA 3, Qwen2, and the digits and
+# spaces rules of GPT-NeoX, Falcon and DeepSeek. Each is linear on any text in practice.
+_CASES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KNOWN_PATTERNS = frozenset(
+    {
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        _CASES + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST,
+        _CASES + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST,
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        + _CASES
+        + r"?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        + _CASES
+        + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"\p{N}{1,3}",
+        r"\p{N}",
+        r"[0-9]",
+        r"[0-9][0-9][0-9]",
+        r"\d",
+        r" {2,}",
+    }
+)
+
+Result = TypeVar("Result")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes
+    ----------
+    vocab_size : int
+        Number of pieces, added tokens included.
+    bos_token_id, eos_token_id : int or None
+        Ids of the tokens that tokenizer_config.json names as beginning and end.
+    """
+
+    def __init__(self, engine: Engine, special: dict[str, str]) -> None:
+        engine.no_truncation()  # a file may carry a training run's settings
+        engine.no_padding()
+        self._engine = engine
+        self.vocab_size = int(engine.get_vocab_size(with_added_tokens=True))
+        self.bos_token_id = self.token_id(special.get("bos_token"))
+        self.eos_token_id = self.token_id(special.get("eos_token"))
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size})"
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of one piece, or None where the vocabulary has no such piece."""
+        return None if token is None else self._engine.token_to_id(token)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`; `special` adds what the file's template adds, such as ``<s>``.
+
+        Raises
+        ------
+        DtypeError
+            If `text` is not a str.
+        ArgumentError
+            If it holds a lone surrogate, which no UTF-8 text can.
+        """
+        if not isinstance(text, str):
+            raise DtypeError(f"text is a {type(text).__name__}: give a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"text has a lone surrogate at {error.start}: decode it with errors='replace'"
+            ) from None
+        ids: list[int] = self._engine.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
+        """The text of `ids`; without `special`, special tokens are left out.
+
+        Raises
+        ------
+        ArgumentError
+            If an id is outside ``range(vocab_size)``.
+        """
+        known = [int(i) for i in ids]
+        bad = next((i for i in known if not 0 <= i < 2**32), None)
+        if bad is None:
+            bad = next((i for i in known if self._engine.id_to_token(i) is None), None)
+        if bad is not None:
+            raise ArgumentError(f"ids holds {bad}: give ids of the {self.vocab_size} tokens")
+        text: str = self._engine.decode(known, skip_special_tokens=not special)
+        return text
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, custom_regex: bool = False) -> Tokenizer | None:
+    """The tokenizer of a folder or a tokenizer.json, or None where the folder has none.
+
+    Parameters
+    ----------
+    path : path
+        A folder with tokenizer.json, or with vocab.json and merges.txt; or the json file itself.
+    custom_regex : bool
+        Accept splitting patterns that no known model uses.
+
+    Raises
+    ------
+    FileError
+        If a file is too large, is not what it must be, or holds an unknown pattern.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    full = path / FULL_FILE if path.is_dir() else path
+    vocab, merges = folder / VOCAB_FILE, folder / MERGES_FILE
+    if os.path.lexists(full):
+        return Tokenizer(read_full(full, custom_regex), special_tokens(folder))
+    if not path.is_dir():
+        raise FileError(f"tokenizer {show(str(path))} does not exist: give a folder or its json")
+    if os.path.lexists(vocab) and os.path.lexists(merges):
+        special = special_tokens(folder)
+        return Tokenizer(read_pair(vocab, merges, special), special)
+    for here, gone in ((vocab, MERGES_FILE), (merges, VOCAB_FILE)):
+        if os.path.lexists(here):
+            raise FileError(f"folder {show(str(folder))} has {here.name} but no {gone}: add it")
+    return None
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """bos_token and eos_token as tokenizer_config.json names them."""
+    config = read_small_json(folder, "tokenizer_config.json")
+    found = {}
+    for role in ("bos_token", "eos_token"):
+        token = config.get(role)
+        if isinstance(token, dict):  # the long form: {"content": ..., "lstrip": ...}
+            token = token.get("content")
+        if isinstance(token, str):
+            found[role] = token
+    return found
+
+
+def read_full(path: Path, custom_regex: bool) -> Engine:
+    """A checked tokenizer.json."""
+    from tokenizers import Tokenizer as Engine
+
+    text = read_text(path, MAX_TOKENIZER_BYTES)
+    values = parse_json(text, path.name, MAX_TOKENIZER_DEPTH)
+    check_pieces(path.name, values)
+    if not custom_regex:
+        for pattern in patterns(values):
+            if pattern not in KNOWN_PATTERNS:
+                raise FileError(
+                    f"{path.name} splits text by the regular expression {show(pattern)}, which no "
+                    "known model uses and which may never end: load_tokenizer(folder, "
+                    "custom_regex=True) accepts it"
+                )
+    return guarded(path.name, lambda: Engine.from_str(text))
+
+
+def check_pieces(what: str, values: dict[str, Any]) -> None:
+    """Counts and lengths of a tokenizer.json's pieces, before the engine sees them."""
+    model = values.get("model")
+    if not isinstance(model, dict):
+        raise FileError(f"{what} has no model object: {AGAIN}")
+    vocab, added = model.get("vocab", {}), values.get("added_tokens", [])
+    merges = model.get("merges", [])
+    for name, part in (("vocab", vocab), ("added_tokens", added), ("merges", merges)):
+        if not isinstance(part, dict | list) or len(part) > MAX_ENTRIES:
+            raise FileError(f"{what} has {name} that are no list of up to {MAX_ENTRIES}: {AGAIN}")
+    pieces = [*vocab] if isinstance(vocab, dict) else [v[0] for v in vocab if isinstance(v, list)]
+    pieces += [t.get("content") for t in added if isinstance(t, dict)]
+    check_lengths(what, pieces)
+
+
+def check_lengths(what: str, pieces: Sequence[Any]) -> None:
+    for piece in pieces:
+        if not isinstance(piece, str) or len(piece.encode(errors="replace")) > MAX_PIECE_BYTES:
+            raise FileError(
+                f"{what} has piece {show(piece)}, not text of up to {MAX_PIECE_BYTES} bytes: "
+                f"{AGAIN}"
+            )
+
+
+def patterns(node: Any) -> Iterator[str]:
+    """Every regular expression in the parts of a tokenizer.json that run one."""
+    if isinstance(node, list):
+        for child in node:
+            yield from patterns(child)
+    elif isinstance(node, dict):
+        for name, child in node.items():
+            if name == "Regex":
+                yield str(child)
+            elif name not in ("vocab", "merges", "added_tokens"):
+                yield from patterns(child)
+
+
+def read_pair(vocab_path: Path, merges_path: Path, special: dict[str, str]) -> Engine:
+    """GPT-2's byte-level BPE from its two files."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Engine
+
+    vocab = read_vocab(vocab_path)
+    merges = read_merges(merges_path)
+    engine = guarded(
+        f"{vocab_path.name} with {merges_path.name}",
+        lambda: Engine(models.BPE(vocab=vocab, merges=merges)),
+    )
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    names = {END_OF_TEXT, *special.values()} & vocab.keys()
+    engine.add_special_tokens([AddedToken(name, normalized=False) for name in sorted(names)])
+    return engine
+
+
+def read_vocab(path: Path) -> dict[str, int]:
+    """Piece to id, the ids being 0 .. n - 1 in some order."""
+    vocab = parse_json(read_text(path, MAX_TOKENIZER_BYTES), path.name, 1)
+    if not 1 <= len(vocab) <= MAX_ENTRIES:
+        raise FileError(f"{path.name} has {len(vocab)} pieces, not 1 to {MAX_ENTRIES}: {AGAIN}")
+    check_lengths(path.name, list(vocab))
+    owner: dict[int, str] = {}
+    for piece, i in vocab.items():
+        if type(i) is not int or not 0 <= i < len(vocab) or i in owner:
+            raise FileError(
+                f"{path.name} gives {show(piece)} the id {show(i)}, which is not one of its own "
+                f"from 0 to {len(vocab) - 1}: {AGAIN}"
+            )
+        owner[i] = piece
+    return vocab
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """The pairs of merges.txt in order of rank."""
+    lines = read_text(path, MAX_TOKENIZER_BYTES).split("\n")
+    if len(lines) > MAX_ENTRIES:
+        raise FileError(f"{path.name} has over {MAX_ENTRIES} lines: {AGAIN}")
+    seen: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise FileError(f"{path.name} line {number} is {show(line)}, not two pieces: {AGAIN}")
+        left, right = pair
+        if (left, right) in seen:
+            raise FileError(
+                f"{path.name} lines {seen[left, right]} and {number} are the same merge: {AGAIN}"
+            )
+        seen[left, right] = number
+    return list(seen)
+
+
+def guarded(what: str, make: Callable[[], Result]) -> Result:
+    """The engine's answer; its complaints, panics included, become one sentence."""
+    try:
+        return make()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = show(str(error).split("\n")[0])
+        raise FileError(
+            f"{what} is refused by the tokenizers package ({reason}): {AGAIN}"
+        ) from None

@@ -1,0 +1,53 @@
+"""The best-scoring keys of each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sparseattn.variants.base import Array, Params, Piece, Problem, Variant, register
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class TopK(Variant):
+    """Each query row keeps its k best-scoring visible keys; ties go to the lower key.
+
+    Every key is read for its score, only kept values are: the saving is on values.
+
+    Parameters
+    ----------
+    k : int
+        Keys kept; rows with at most ``k`` visible keys stay dense.
+    placement : {"pre", "post"}
+        Select before the softmax (kept weights sum to 1) or after it (they are those of the full
+        row, the rest is dropped; the log-sum-exp is the full row's).
+
+    References
+    ----------
+    Gupta et al., "Memory-efficient transformers via top-k attention", 2021, arXiv:2106.06899.
+
+    >>> import numpy as np, sparseattn as sa
+    >>> q = np.random.default_rng(0).standard_normal((2, 100, 16), np.float32)
+    >>> int(sa.plan(q, q, sa.TopK(16)).to_mask().sum(-1).max())
+    16
+    """
+
+    kind: ClassVar[str] = "topk"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[tuple[str, ...]] = (
+        "topk:16",
+        "topk:1",
+        "topk:16:placement=post",
+        "topk:100000",
+    )
+    reads_keys: ClassVar[bool] = True
+
+    k: int
+    placement: Literal["pre", "post"] = "pre"
+
+    def build(
+        self, q: Array, k: Array, problem: Problem, params: Params | None
+    ) -> tuple[Piece, ...]:
+        (piece,) = Variant.build(self, q, k, problem, params)
+        return (piece._replace(full_row=self.placement == "post"),)

@@ -1,0 +1,172 @@
+"""What all tests share: inputs, every ISA and thread count, poisoned memory, optional parts.
+
+``from conftest import requires`` gives a test its optional module or the shared data: absent, it
+skips with the reason, and with ``SPARSEATTN_REQUIRE_ALL=1`` it fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sparseattn as sa
+from sparseattn import _core
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("SPARSEATTN_SHARED") or ROOT.parent / "shared")
+REQUIRE_ALL = os.environ.get("SPARSEATTN_REQUIRE_ALL") == "1"
+
+# The project's ceilings of |error| / (1 + |value|), forward, by real type.
+CEILING = {np.dtype("f4"): 1e-5, np.dtype("f8"): 1e-12}
+
+
+def _absent(reason: str) -> Any:
+    if REQUIRE_ALL:
+        pytest.fail(f"{reason}, and SPARSEATTN_REQUIRE_ALL=1 allows no skip", pytrace=False)
+    pytest.skip(reason)
+
+
+def requires(what: str) -> Any:
+    """The module ``what``, or for ``"shared"`` the path of the shared data; else skip, or fail."""
+    if what == "shared":
+        data = SHARED / "data"
+        return data if data.is_dir() else _absent(f"no {data}: set SPARSEATTN_SHARED")
+    try:
+        return importlib.import_module(what)
+    except ImportError as error:
+        return _absent(f"needs {what}, which cannot be imported ({error})")
+
+
+def shared_path(relative: str) -> Path:
+    """A file or folder of the shared data that the test needs."""
+    path: Path = requires("shared") / relative
+    return path if path.exists() else _absent(f"the shared data has no {relative}")
+
+
+@pytest.fixture
+def shared() -> Path:
+    path: Path = requires("shared")
+    return path
+
+
+@pytest.fixture
+def torch() -> ModuleType:
+    module: ModuleType = requires("torch")
+    return module
+
+
+@pytest.fixture(params=_core.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this machine in turn."""
+    before = _core.isa()
+    _core.set_isa(request.param)
+    yield request.param
+    _core.set_isa(before)
+
+
+@pytest.fixture(params=[1, 3], ids=["threads1", "threads3"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = sa.get_num_threads()
+    sa.set_num_threads(request.param)
+    yield request.param
+    sa.set_num_threads(before)
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """``with_threads(n)`` inside a test; the count is put back afterwards."""
+    before = sa.get_num_threads()
+    yield sa.set_num_threads
+    sa.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory() -> Iterator[None]:
+    """Fresh and freed memory of the core holds 0xA5: what is read before it is written shows."""
+    _core.poison(True)
+    yield
+    _core.poison(False)
+
+
+@pytest.fixture
+def clean_memory() -> Iterator[None]:
+    """No poison, for tests that measure time or peak memory."""
+    _core.poison(False)
+    yield
+    _core.poison(True)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: socket.socket, address: Any) -> None:
+        if self.family != getattr(socket, "AF_UNIX", None):
+            raise AssertionError(f"a test tried to reach the network at {address}")
+        original(self, address)
+
+    original = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+# Shapes are awkward on purpose: batch, heads, kv_heads, n_q, n_k, dim, dim_v.
+SHAPES = [
+    (1, 1, 1, 1, 1, 16, 16),
+    (2, 6, 2, 63, 63, 16, 24),
+    (1, 6, 2, 65, 65, 40, 40),
+    (1, 2, 1, 257, 257, 128, 128),
+    (1, 3, 3, 5, 130, 16, 16),
+    (2, 2, 2, 70, 9, 16, 7),
+    (1, 4, 2, 1, 257, 40, 33),
+]
+shape_ids = ["x".join(map(str, shape)) for shape in SHAPES]
+
+
+@pytest.fixture(params=SHAPES, ids=shape_ids)
+def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    value: tuple[int, ...] = request.param
+    return value
+
+
+def make_qkv(
+    shape: tuple[int, ...], dtype: Any = np.float32, seed: int = 0, strided: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q, k, v of a SHAPES entry; ``strided``: views as models make them (heads after length)."""
+    batch, heads, kv_heads, n_q, n_k, dim, dim_v = shape
+    rng = np.random.default_rng([seed, *shape])
+    sizes = [(n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)]
+    q, k, v = (rng.standard_normal((batch, *s)).astype(dtype).swapaxes(1, 2) for s in sizes)
+    if not strided:
+        q, k, v = map(np.ascontiguousarray, (q, k, v))
+    return q, k, v
+
+
+def oracle(dtype: Any) -> Any:
+    """The type of the reference run for kernels in ``dtype``: one wider, where there is one."""
+    return np.float64 if np.dtype(dtype) == np.float32 else np.longdouble
+
+
+def assert_no_worse(
+    ours: np.ndarray, want: np.ndarray, *, than: np.ndarray, factor: float = 2.0
+) -> None:
+    """Our error against the wider run is at most ``factor`` times the naive run's in our own
+    type, plus one ulp of the largest value, and below the project's ceilings; infinities stand in
+    the same places."""
+    assert ours.shape == want.shape == than.shape
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(ours[~finite], want[~finite].astype(ours.dtype))
+    if not finite.any():
+        return
+    wanted = want[finite]
+    error = np.abs(ours[finite].astype(want.dtype) - wanted)
+    assert (error <= CEILING[ours.dtype] * (1 + np.abs(wanted))).all(), f"error {error.max():.3g}"
+    if np.finfo(want.dtype).eps < np.finfo(ours.dtype).eps:
+        naive = np.abs(than[finite].astype(want.dtype) - wanted).max()
+        bound = factor * naive + np.spacing(ours.dtype.type(np.abs(wanted).max()))
+        assert error.max() <= bound, f"error {error.max():.3g}, naive {naive:.3g}"
