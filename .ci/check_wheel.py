@@ -20,7 +20,13 @@ WANTED = [
     r".*\.dist-info/licenses/LICENSE",
 ]
 UNWANTED = [r"(csrc|tests|benchmarks|notebooks)/.*", r".*train_tiny.*", r".*\.([cho]|pyc)"]
-SOURCES = ["setup.py", "csrc/python/module.c", "tests/conftest.py", "benchmarks/run.py", "README.md"]
+SOURCES = [
+    "setup.py",
+    "csrc/python/module.c",
+    "tests/conftest.py",
+    "benchmarks/run.py",
+    "README.md",
+]
 
 
 def check(wheel: Path, sdist: Path) -> list[str]:

@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sparseattn {version()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    common = common_options()
+    common: Any = common_options()
     for name, summary, example, add, run in (
         (
             "compare",
@@ -101,7 +101,9 @@ def common_options() -> argparse.ArgumentParser:
     group = common.add_argument_group("for every verb")
     group.add_argument("--json", action="store_true", help="print JSON instead of text")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
-    group.add_argument("--threads", type=int, metavar="N", help="of the kernels; all cores if unset")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="of the kernels; all cores if unset"
+    )
     group.add_argument("--save", metavar="DIR", help="folder for the results")
     return common
 
@@ -209,12 +211,10 @@ def run_compare(options: argparse.Namespace) -> int:
 
 def run_eval(options: argparse.Namespace) -> int:
     """Print the perplexity of one spec."""
-    from sparseattn.evaluation.single import perplexity
+    from sparseattn.evaluation.perplexity import perplexity
 
     set_threads(options.threads)
-    result = perplexity(
-        options.model, options.text, options.attention, **model_options(options)
-    )
+    result = perplexity(options.model, options.text, options.attention, **model_options(options))
     print_result(result, options.json)
     return 0
 
@@ -254,9 +254,7 @@ def print_result(result: Any, as_json: bool) -> None:
     print(result.to_json() if as_json else result, end="" if as_json else "\n")
 
 
-def print_report(
-    report: dict[str, Any], text: str, options: argparse.Namespace, name: str
-) -> None:
+def print_report(report: dict[str, Any], text: str, options: argparse.Namespace, name: str) -> None:
     """Print a small report, and save it where asked."""
     content = json.dumps(report, indent=1)
     if options.save is not None:

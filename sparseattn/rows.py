@@ -35,12 +35,12 @@ class Rows:
         at = plan_map * core.n_blocks + block
         full, see = a["row_ptr"][at], a["see_ptr"][at]
         band, end = a["band_ptr"][at], a["row_ptr"][at + 1]
-        low = interval(a["see_lo"], batch, row, 0)
-        high = interval(a["see_hi"], batch, row, core.n_k)
+        low = interval(a["see_lo"], core.n_q, batch, row, 0)
+        high = interval(a["see_hi"], core.n_q, batch, row, core.n_k)
         clipped = [self.spans(see, band, low, high)]
         if end > band:
-            low = max(low, interval(a["band_lo"], plan_map, row, 0))
-            high = min(high, interval(a["band_hi"], plan_map, row, core.n_k))
+            low = max(low, interval(a["band_lo"], core.n_q, plan_map, row, 0))
+            high = min(high, interval(a["band_hi"], core.n_q, plan_map, row, core.n_k))
             clipped.append(self.spans(band, end, low, high))
         keys = np.concatenate(clipped)
         if self.mask is not None:
@@ -61,11 +61,11 @@ class Rows:
         return np.repeat(start - (ends - size), size) + np.arange(ends[-1] if size.size else 0)
 
 
-def interval(bounds: Array | None, at: int, row: int, otherwise: int) -> int:
-    """Entry of [maps or 1, n_q] bounds."""
+def interval(bounds: Array | None, n_q: int, at: int, row: int, otherwise: int) -> int:
+    """Entry of flat (maps or 1, n_q) bounds."""
     if bounds is None:
         return otherwise
-    return int(bounds[at if bounds.shape[0] > 1 else 0, row])
+    return int(bounds[row if bounds.size == n_q else at * n_q + row])
 
 
 class WeightRows(NamedTuple):

@@ -19,6 +19,7 @@ import pytest
 
 import sparseattn as sa
 from sparseattn import _core
+from sparseattn.variants import Variant, variants
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("SPARSEATTN_SHARED") or ROOT.parent / "shared")
@@ -117,13 +118,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Shapes are awkward on purpose: batch, heads, kv_heads, n_q, n_k, dim, dim_v.
 SHAPES = [
-    (1, 1, 1, 1, 1, 16, 16),
+    (16, 1, 1, 1, 1, 16, 16),
     (2, 6, 2, 63, 63, 16, 24),
     (1, 6, 2, 65, 65, 40, 40),
     (1, 2, 1, 257, 257, 128, 128),
-    (1, 3, 3, 5, 130, 16, 16),
+    (6, 3, 3, 5, 130, 16, 16),
     (2, 2, 2, 70, 9, 16, 7),
-    (1, 4, 2, 1, 257, 40, 33),
+    (12, 4, 2, 1, 257, 40, 33),
 ]
 shape_ids = ["x".join(map(str, shape)) for shape in SHAPES]
 
@@ -158,15 +159,89 @@ def assert_no_worse(
     """Our error against the wider run is at most ``factor`` times the naive run's in our own
     type, plus one ulp of the largest value, and below the project's ceilings; infinities stand in
     the same places."""
-    assert ours.shape == want.shape == than.shape
+    assert_within_ceiling(ours, want)
+    finite = np.isfinite(want)
+    if finite.any() and np.finfo(want.dtype).eps < np.finfo(ours.dtype).eps:
+        wanted = want[finite]
+        error, naive = (np.abs(x[finite].astype(want.dtype) - wanted).max() for x in (ours, than))
+        bound = factor * naive + np.spacing(ours.dtype.type(np.abs(wanted).max()))
+        assert error <= bound, f"error {error:.3g}, naive {naive:.3g}"
+
+
+def assert_within_ceiling(ours: np.ndarray, want: np.ndarray) -> None:
+    """|error| / (1 + |value|) is below the project's ceiling; infinities stand in place."""
+    assert ours.shape == want.shape
     finite = np.isfinite(want)
     np.testing.assert_array_equal(ours[~finite], want[~finite].astype(ours.dtype))
-    if not finite.any():
-        return
-    wanted = want[finite]
-    error = np.abs(ours[finite].astype(want.dtype) - wanted)
-    assert (error <= CEILING[ours.dtype] * (1 + np.abs(wanted))).all(), f"error {error.max():.3g}"
-    if np.finfo(want.dtype).eps < np.finfo(ours.dtype).eps:
-        naive = np.abs(than[finite].astype(want.dtype) - wanted).max()
-        bound = factor * naive + np.spacing(ours.dtype.type(np.abs(wanted).max()))
-        assert error.max() <= bound, f"error {error.max():.3g}, naive {naive:.3g}"
+    error = np.abs(ours[finite].astype(want.dtype) - want[finite]) / (1 + np.abs(want[finite]))
+    assert (error <= CEILING[ours.dtype]).all(), f"relative error {error.max():.3g}"
+
+
+# ---- cases out of the registry: a new variant is in all of them by its ``examples`` ---------------
+
+
+def every_spec() -> list[Variant]:
+    """Every example of every variant; of one-spec-a-layer, the specs of the layers."""
+    specs: list[Variant] = []
+    for cls in variants().values():
+        for spec in map(sa.parse, cls.examples):
+            specs += spec.children if isinstance(spec, sa.PerLayer) else [spec]
+    return list(dict.fromkeys(specs))
+
+
+def fit(spec: Variant, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape, with as many heads as a spec that names heads asks for."""
+    if not isinstance(spec, sa.PerHead):
+        return shape
+    return (shape[0], len(spec.specs), 2, *shape[3:])
+
+
+def make_layout(spec: Variant, shape: tuple[int, ...]) -> np.ndarray:
+    _, heads, _, n_q, n_k, *_ = shape
+    block = spec.block  # type: ignore[attr-defined]
+    size = (heads, -(-n_q // block), -(-n_k // block))
+    layout = np.random.default_rng(list(size)).random(size) < 0.6
+    layout[:, -1] = False  # rows that see nothing
+    layout[0, -1, -1] = True
+    return layout
+
+
+PARAMS: dict[str, Callable[[Variant, tuple[int, ...]], np.ndarray]] = {"layout": make_layout}
+
+
+def make_params(spec: Variant, shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+    return {name: PARAMS[name](spec, shape) for name in spec.arrays} or None
+
+
+def causals(spec: Variant) -> list[bool | str]:
+    """The alignments that a spec takes; a bare window refuses to go without."""
+    shape = fit(spec, SHAPES[0])
+    q, k, _ = make_qkv(shape)
+    try:
+        sa.plan(q, k, spec, params=make_params(spec, shape))
+    except sa.ArgumentError as error:
+        assert "causal" in str(error)
+        return [True, "top_left"]
+    return [False, True, "top_left"]
+
+
+SPECS = every_spec()
+CAUSAL_SPECS = [(spec, causal) for spec in SPECS for causal in causals(spec)]
+causal_ids = [f"{spec}-{causal}" for spec, causal in CAUSAL_SPECS]
+
+
+def random_masks(shape: tuple[int, ...], seed: int = 0) -> dict[str, np.ndarray]:
+    """A mask with empty rows and a padding mask with one wholly padded entry (but for batch 1)."""
+    batch, heads, _, n_q, n_k, *_ = shape
+    rng = np.random.default_rng([seed, *shape])
+    mask = rng.random((batch, heads, n_q, n_k)) < 0.7
+    mask[..., n_q // 2, :] = False
+    key_mask = np.arange(n_k) >= np.arange(batch)[:, None] * n_k
+    key_mask[0, n_k // 3 : n_k // 2] = False
+    return {"mask": mask, "key_mask": key_mask}
+
+
+def full_row(spec: Variant, heads: int) -> np.ndarray:
+    """Per head: weights are normalised over the full row (selection after the softmax)."""
+    specs = spec.specs if isinstance(spec, sa.PerHead) else [spec] * heads
+    return np.array([getattr(one, "placement", "pre") == "post" for one in specs])

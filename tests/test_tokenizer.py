@@ -77,12 +77,12 @@ def load(path: Path) -> Tokenizer:
 
 
 def test_gpt2_gives_the_answer_key() -> None:
-    """Every line of WikiText-2's test split, ids for ids."""
+    """WikiText-2's test split, each line with its break (a blank one as nothing), then 50256."""
     tokenizer = load(shared_path("tokenizers/gpt2"))
     text = shared_path("text/wikitext-2/wiki.test.tokens").read_text()
     ids: list[int] = []
     for line in text.split("\n")[:-1]:
-        ids += [*tokenizer.encode(line if line.strip() else ""), 50256]
+        ids += [*tokenizer.encode(line + "\n" if line.strip() else ""), 50256]
     want = np.fromfile(shared_path("text/wikitext-2/gpt2_ids.test.bin"), "<u2")
     np.testing.assert_array_equal(ids, want)
     assert len(ids) == 297_301
@@ -275,6 +275,16 @@ def test_known_patterns_and_consent(tmp_path: Path) -> None:
         load_tokenizer(folder)
     tokenizer = load_tokenizer(folder, custom_regex=True)
     assert tokenizer is not None and tokenizer.encode("the") == [VOCAB[p] for p in ("th", "e")]
+
+
+def test_a_file_that_fails_only_when_it_is_used(tmp_path: Path) -> None:
+    """WordPiece without its unknown piece loads, and cannot encode what it does not know."""
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0}}
+    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    tokenizer = load(save_full(tmp_path, full(model=model, pre_tokenizer=None, decoder=None)))
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(FileError, match="encoding is refused by the tokenizers package"):
+        tokenizer.encode("b")
 
 
 HOSTILE_PAIR: dict[str, tuple[Any, str, str]] = {

@@ -1,4 +1,4 @@
-/* alloc.c - a header line before each block remembers its size; everything else follows from that. */
+/* alloc.c - one line before each block remembers its size; everything else follows from that. */
 #ifdef __linux__
 #define _GNU_SOURCE /* madvise */
 #endif
@@ -195,7 +195,7 @@ sa_fail_set(int64_t nth)
     atomic_store(&fail_in, nth);
 }
 
-/* A red zone is SA_ALIGN bytes: FENCE bytes, then the offset at which the red zone before it ends. */
+/* A red zone is SA_ALIGN bytes: FENCE bytes, then where the red zone before it ends. */
 enum { ZONE = SA_ALIGN, ZONE_FENCE = SA_ALIGN - (int)sizeof(size_t) };
 
 static void

@@ -8,9 +8,9 @@
 
 #define SA_ALIGN 64
 
-/* 64-byte aligned, uninitialised (while poisoning is on: filled with 0xFF bytes, so that a forgotten value is a NaN
- * or -1); NULL when there is none. 0 bytes gives a valid pointer. Large blocks ask for huge pages.
- * sa_free(NULL) does nothing. */
+/* 64-byte aligned, uninitialised (while poisoning is on: filled with 0xFF bytes, so that a
+ * forgotten value is a NaN or -1); NULL when there is none. 0 bytes gives a valid pointer. Large
+ * blocks ask for huge pages. sa_free(NULL) does nothing. */
 void *sa_malloc(size_t bytes);
 void sa_free(void *memory);
 
@@ -21,16 +21,17 @@ bool sa_add(size_t a, size_t b, size_t *sum);
 /* Array of count items of size bytes; NULL when the product wraps or there is no memory. */
 void *sa_malloc_array(size_t count, size_t size);
 
-int64_t sa_live_bytes(void); /* bytes held now, whole process     */
+int64_t sa_live_bytes(void); /* bytes held now, whole process      */
 int64_t sa_peak_bytes(void); /* largest value since the last reset */
 void sa_peak_reset(void);    /* peak = live                        */
-void sa_poison_set(bool on); /* fill new and freed memory, fence blocks and pieces with red zones */
-int64_t sa_breaches(void); /* red zones found written over so far; 0 unless the library has a bug */
-void sa_fail_set(int64_t nth); /* the nth next sa_malloc fails (1 = the next); 0 switches off.
-                                     Always compiled: one relaxed load per allocation. */
 
-/* A bump allocator over one block. While poisoning is on (or under AddressSanitizer, which then reports the very
- * access) a red zone follows each piece. */
+/* For tests; always compiled, a relaxed load per allocation each. */
+void sa_poison_set(bool on);   /* fill new and freed memory, fence blocks with red zones         */
+int64_t sa_breaches(void);     /* red zones found overwritten; 0 unless the library has a bug    */
+void sa_fail_set(int64_t nth); /* the nth next sa_malloc fails (1 = the next); 0 switches it off */
+
+/* A bump allocator over one block. While poisoning is on (or under AddressSanitizer, which then
+ * reports the very access) a red zone follows each piece. */
 typedef struct {
     unsigned char *base;
     size_t size, used;
@@ -38,13 +39,13 @@ typedef struct {
     bool fenced;  /* red zones stand between pieces    */
 } sa_arena;
 
-/* Makes the arena empty, with room for pieces of `bytes` in all; up to 64 pieces are rounded up to SA_ALIGN and fenced
- * on top of that. Keeps the block where it is large enough. false: no memory. */
+/* Makes the arena empty, with room for pieces of `bytes` in all; up to 64 pieces are rounded up to
+ * SA_ALIGN and fenced on top of that. Keeps a block that is large enough. false: no memory. */
 bool sa_arena_reserve(sa_arena *arena, size_t bytes);
 void *sa_arena_take(sa_arena *arena, size_t bytes); /* 64-byte aligned; NULL when it does not fit */
-void sa_arena_back(sa_arena *arena,
-                   size_t used);      /* gives back what was taken since arena->used was `used` */
-void sa_arena_reset(sa_arena *arena); /* all pieces back; checks red zones */
+/* Gives back what was taken since arena->used was `used`, and checks its red zones. */
+void sa_arena_back(sa_arena *arena, size_t used);
+void sa_arena_reset(sa_arena *arena); /* all pieces back */
 void sa_arena_free(sa_arena *arena);
 
 #endif

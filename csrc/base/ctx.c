@@ -1,5 +1,5 @@
-/* ctx.c - contexts are kept between calls, with their scratch, in a fixed row of places. Taking one is one atomic exchange:
- * no lock that a fork could leave held. */
+/* ctx.c - contexts are kept between calls, with their scratch, in a fixed row of places. Taking one
+ * is an atomic exchange: no lock that a fork could leave held. */
 #include "base/ctx.h"
 
 #include <stddef.h>

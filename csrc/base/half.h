@@ -1,5 +1,6 @@
-/* half.h - scalar float16 and bfloat16, as bit patterns, to float and back. Exact for every input: subnormal
- * numbers, infinities, ties to even; NaN stays NaN (quiet, sign and leading payload bits kept), as F16C does. */
+/* half.h - scalar float16 and bfloat16, as bit patterns, to float and back. Exact for every input:
+ * subnormal numbers, infinities, ties to even; NaN stays NaN (quiet, sign and leading payload bits
+ * kept), as F16C does. */
 #ifndef SA_HALF_H
 #define SA_HALF_H
 

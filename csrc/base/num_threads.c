@@ -16,7 +16,7 @@ enum { PATH = 4096 };
 
 static atomic_int wanted; /* 0: not known yet */
 
-/* quota microseconds in each period, rounded up to whole CPUs; no limit when either is not positive. */
+/* quota microseconds in each period, as whole CPUs, rounded up; no limit unless both positive. */
 static int
 whole_cpus(long long quota, long long period)
 {
@@ -66,8 +66,8 @@ limit_v2(const char *folder)
     return whole_cpus(quota, period);
 }
 
-/* The least limit of root/path and of all folders above it down to root. A path that is not there, as seen from inside a
- * container whose groups the host named, ends at root, which is then the container's own group. */
+/* The least limit of root/path and of all folders above it up to root. Inside a container whose
+ * groups the host named, path is not there, and root is the container's own group. */
 static int
 least_limit(const char *root, const char *path, int (*limit)(const char *folder))
 {

@@ -1,8 +1,9 @@
-/* philox.h - counter-based random numbers: Philox4x64-10 [Salmon et al. 2011, doi:10.1145/2063384.2063405].
+/* philox.h - counter-based random numbers, Philox4x64-10.
+ * [Salmon, Moraes, Dror, Shaw 2011, doi:10.1145/2063384.2063405]
  *
- * A draw is a function of its address, never of what was drawn before. The four words of an address are
+ * A draw is a function of its address, never of what was drawn before. An address has four words:
  *   numpy.random.Philox(key=[key0, key1], counter=[draw, row, head, batch]).random_raw(4)
- * NumPy raises its counter before the first block, so the block computed here is that of counter + 1.
+ * NumPy raises its counter before the first block, so the block here is that of counter + 1.
  */
 #ifndef SA_PHILOX_H
 #define SA_PHILOX_H
@@ -54,9 +55,9 @@ sa_philox(uint64_t key0, uint64_t key1, uint64_t draw, uint64_t row, uint64_t he
 
 /* Uniform integer in [0, n), 1 <= n <= 2^32, of the address (draw, row, head, batch).
  *
- * The high word of word * n, where words whose low product is below 2^64 mod n are passed over [Lemire 2019,
- * arXiv:1805.10941]: without bias. The address has four words; that all are passed over has
- * probability below (2^-32)^4, and then the last one serves. */
+ * The high half of word * n, passing over words whose low half is below 2^64 mod n: no bias [Lemire
+ * 2019, arXiv:1805.10941]. All four words of an address are passed over with probability below
+ * 2^-128; then the last one serves. */
 static inline uint64_t
 sa_philox_below(uint64_t n, uint64_t key0, uint64_t key1, uint64_t draw, uint64_t row,
                 uint64_t head, uint64_t batch)

@@ -9,7 +9,7 @@
 sa_status
 sa_fail(sa_ctx *ctx, sa_status code, const char *format, ...)
 {
-    /* The caller reads message and code after its region has ended, which orders this thread's writes before. */
+    /* Read after the region has ended, which orders the writes of all its threads before. */
     if (ctx != NULL && atomic_exchange(&ctx->failed, 1) == 0) {
         va_list args;
         va_start(args, format);

@@ -13,7 +13,7 @@ typedef enum {
 
 struct sa_ctx;
 
-/* Records a printf-worded sentence in ctx (the first one wins, any thread may call) and returns code. */
+/* Words a sentence in ctx like printf (the first one wins, any thread may call); returns code. */
 sa_status sa_fail(struct sa_ctx *ctx, sa_status code, const char *format, ...)
 #if defined(__GNUC__)
     __attribute__((format(printf, 3, 4)))

@@ -1,8 +1,9 @@
 /* threads.c - the pool: one region at a time, workers that spin shortly and then sleep.
  *
- * A region is a counter of tasks behind a gate. The caller opens the gate, calls the workers, takes tasks itself,
- * closes the gate when the counter has run out, and waits for those inside. A worker that comes too late finds
- * the gate closed and goes back to waiting: a region too short to be worth a wake-up never waits for one.
+ * A region is a counter of tasks behind a gate. The caller opens the gate, calls the workers, takes
+ * tasks itself, closes the gate when the counter has run out, and waits for those inside. A worker
+ * that comes too late finds the gate closed and goes back to waiting: a region too short to be
+ * worth a wake-up never waits for one.
  */
 #include "base/threads_os.h" /* first: it asks the system for more than C11 */
 
@@ -17,16 +18,11 @@
 
 #define OPEN 0x80000000u /* gate: workers may enter; the lower bits count those inside */
 
-enum {
-    STOP_ASKED = 1,
-    STOP_FAILED = 2
-}; /* bits of ctx->stop; the second is taken back after the region */
+/* Bits of ctx->stop; the second is taken back after the region. */
+enum { STOP_ASKED = 1, STOP_FAILED = 2 };
 
-enum {
-    AWAKE = 0,
-    ASLEEP,
-    CALLED
-}; /* CALLED: the caller has it in hand, between ASLEEP and AWAKE */
+/* CALLED: the caller has it in hand, between ASLEEP and AWAKE. */
+enum { AWAKE = 0, ASLEEP, CALLED };
 
 typedef struct {
     _Alignas(SA_ALIGN) atomic_uint call; /* raised once for each region */
@@ -98,8 +94,7 @@ poll_stops(sa_ctx *ctx)
         return false;
     }
 #ifdef CLOCK_MONOTONIC_COARSE
-    const clockid_t id =
-        CLOCK_MONOTONIC_COARSE; /* a tenth of the price, and 4 ms are fine enough */
+    const clockid_t id = CLOCK_MONOTONIC_COARSE; /* a tenth of the price; 4 ms are fine enough */
 #else
     const clockid_t id = CLOCK_MONOTONIC;
 #endif
@@ -193,8 +188,8 @@ await_call(worker *me, unsigned seen)
     unsigned call = spin(&me->call, seen, spin_ns(SPIN_NS));
     while (call == seen) {
         atomic_store(&me->state, ASLEEP);
-        if (atomic_load(&me->call) ==
-            seen) { /* after state: we see the call, or the caller sees us asleep */
+        /* After setting state: now either we see the call, or the caller sees us asleep. */
+        if (atomic_load(&me->call) == seen) {
             park(&me->call, seen, 0);
         }
         int asleep = ASLEEP;
@@ -324,7 +319,7 @@ wait_workers(sa_ctx *ctx)
     }
     while (gate != 0) {
         atomic_store(&pool.caller_asleep, true);
-        gate = atomic_load(&pool.gate); /* after caller_asleep: see await_call */
+        gate = atomic_load(&pool.gate); /* after caller_asleep, as in await_call */
         if (gate != 0) {
             park(&pool.gate, gate, POLL_NS);
         }
@@ -347,10 +342,9 @@ run_region(sa_ctx *ctx, int threads)
     work(0);
     wait_workers(ctx);
     if (atomic_load(&pool.forks) != forks) {
-        return sa_fail(
-            ctx, SA_EINTERNAL,
-            "the process was forked inside this call, by a signal handler; its workers' tasks "
-            "are lost in the child");
+        return sa_fail(ctx, SA_EINTERNAL,
+                       "the process was forked inside this call and its other tasks are lost in "
+                       "the child; do not fork in a signal handler");
     }
     const int stop = atomic_fetch_and(&ctx->stop, ~STOP_FAILED);
     return (stop & ~STOP_FAILED) ? SA_ESTOP : (sa_status)atomic_load(&pool.status);
@@ -363,7 +357,7 @@ sa_parallel(sa_ctx *ctx, int64_t n_tasks, sa_task_fn fn, void *arg)
     if (ctx->slots > 0) {
         threads = SA_MIN(threads, ctx->slots);
     }
-    if (threads < 2 || here.ctx != NULL) {
+    if (threads < 2 || here.ctx != NULL) { /* the second: a call from inside a task */
         return run_inline(ctx, n_tasks, fn, arg);
     }
     if (is_copy()) {

@@ -1,4 +1,4 @@
-/* threads_os.h - what the pool asks of the operating system. Included by threads.c alone: Linux, and POSIX elsewhere. */
+/* threads_os.h - what the pool asks of the system: Linux, else POSIX. For threads.c alone. */
 #ifndef SA_THREADS_OS_H
 #define SA_THREADS_OS_H
 
@@ -119,8 +119,8 @@ place_self(placement *p)
     p->tid = (pid_t)syscall(SYS_gettid);
 }
 
-/* A thread often wakes on the CPU of the one that woke it, and then stands in its way for milliseconds. So the caller
- * forbids the sleeping thread that CPU first; moving it afterwards would cost some 50 us. */
+/* A thread often wakes on the CPU of the one that woke it, and then waits there for milliseconds.
+ * So the caller forbids the sleeper that CPU first; moving a running thread costs some 50 us. */
 static void
 place_elsewhere(placement *p)
 {
@@ -174,8 +174,8 @@ place_free(placement *p)
 
 /* ---- is this process a forked copy? ----
  *
- * Handlers of pthread_atfork are skipped by a bare clone(). A page that the kernel empties in a child tells, for the
- * price of a load; elsewhere the process id does, for a system call.
+ * A bare clone() skips the handlers of pthread_atfork. A page that the kernel empties in a child
+ * tells, for the price of a load; elsewhere the process id does, for a system call.
  */
 
 static _Atomic(atomic_int *) mark;

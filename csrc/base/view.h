@@ -8,8 +8,9 @@
 
 typedef enum { SA_F32 = 0, SA_F64, SA_F16, SA_BF16, SA_BOOL, SA_I32, SA_I64 } sa_dtype;
 
-/* Strides count elements and may be zero or negative. The last axis of q, k, v and outputs is contiguous
- * (stride[3] == 1, or size[3] <= 1); of masks and biases any stride is legal (0 where broadcast). */
+/* Strides count elements and may be zero or negative. The last axis of q, k, v and outputs is
+ * contiguous (stride[3] == 1, or size[3] <= 1); of masks and biases any stride is legal (0 where
+ * broadcast). */
 typedef struct {
     void *data; /* NULL: absent */
     sa_dtype dtype;

@@ -248,28 +248,64 @@ cut(gemm_job *job)
     }
 }
 
-sa_status
-sa_gemm(sa_ctx *ctx, const sa_gemm_args *g)
+void
+sa_gemm_prepare(void)
 {
-    if (g->m <= 0 || g->n <= 0) {
+    sa_blas_get();
+}
+
+/* One row has no stride to speak of: any number may stand there, and BLAS wants a true one. */
+static sa_gemm_args
+with_strides(const sa_gemm_args *args)
+{
+    sa_gemm_args g = *args;
+    if (g.m == 1) {
+        g.lda = g.k;
+        g.ldc = g.n;
+    }
+    if ((g.b_transposed ? g.n : g.k) == 1) {
+        g.ldb = g.b_transposed ? g.k : g.n;
+    }
+    return g;
+}
+
+/* OpenBLAS counts in int and takes rows that neither overlap nor run backwards. */
+static bool
+blas_takes(const sa_gemm_args *g)
+{
+    const int64_t width = g->b_transposed ? g->k : g->n;
+    return g->k > 0 && g->lda >= g->k && g->ldb >= width && g->ldc >= g->n &&
+           SA_MAX(SA_MAX(g->lda, g->ldb), g->ldc) <= INT_MAX;
+}
+
+/* Bytes of scratch that a task takes; false when the count wraps. */
+static bool
+scratch_bytes(const gemm_job *job, size_t *bytes)
+{
+    if (job->blas == NULL) {
+        return sa_mul(tile_scratch(job->tile), job->size, bytes);
+    }
+    *bytes = 0;
+    return !is_widened(job->g) || (sa_mul((size_t)job->g->k, (size_t)job->columns, bytes) &&
+                                   sa_mul(*bytes, job->size, bytes));
+}
+
+sa_status
+sa_gemm(sa_ctx *ctx, const sa_gemm_args *args)
+{
+    if (args->m <= 0 || args->n <= 0) {
         return SA_OK;
     }
-    gemm_job job = {.g = g, .size = sa_dtype_size(g->dtype)};
-    job.tile = sa_tile_for(g->dtype == SA_F64);
-    const int64_t largest = SA_MAX(SA_MAX(g->lda, g->ldb), SA_MAX(g->ldc, SA_MAX(g->k, g->n)));
-    job.blas = g->k > 0 && largest <= INT_MAX ? sa_blas_get() : NULL;
+    const sa_gemm_args g = with_strides(args);
+    gemm_job job = {.g = &g, .size = sa_dtype_size(g.dtype)};
+    size_t bytes;
+    job.tile = sa_tile_for(g.dtype == SA_F64);
+    job.blas = blas_takes(&g) ? sa_blas_get() : NULL;
     cut(&job);
-    size_t bytes = tile_scratch(job.tile);
-    if (job.blas != NULL) {
-        bytes = 0;
-        if (is_widened(g) && !sa_mul((size_t)g->k, (size_t)job.columns, &bytes)) {
-            return sa_fail(ctx, SA_ENOMEM, "product: k=%lld is too large", (long long)g->k);
-        }
+    if (!scratch_bytes(&job, &bytes)) {
+        return sa_fail(ctx, SA_ENOMEM, "a product over k = %lld terms is too large", (long long)g.k);
     }
-    if (!sa_mul(bytes, job.size, &bytes)) {
-        return sa_fail(ctx, SA_ENOMEM, "product: k=%lld is too large", (long long)g->k);
-    }
-    const sa_status status = sa_scratch_reserve(ctx, bytes + SA_ALIGN);
+    const sa_status status = sa_scratch_reserve(ctx, bytes);
     if (status != SA_OK) {
         return status;
     }

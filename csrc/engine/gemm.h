@@ -19,6 +19,10 @@ typedef struct {
 } sa_gemm_args;
 sa_status sa_gemm(sa_ctx *ctx, const sa_gemm_args *args);
 
+/* Opens the library if the first product is still to come and a library is to serve it; sa_gemm does so itself. While it
+ * loads, `environ` is another array: a caller who can keep others from changing the environment calls this. */
+void sa_gemm_prepare(void);
+
 /* Where OpenBLAS comes from: set once by python/ before first use (path of the library in _libs; NULL: none). */
 void sa_blas_path_set(const char *path);
 const char *sa_blas_config(void);   /* what runs: OpenBLAS's own words, or "tiles" */

@@ -37,5 +37,6 @@ typedef struct {
 } sa_row_runs;
 void sa_row_runs_start(sa_row_runs *runs, const sa_plan *plan, const sa_problem *p, int64_t b, int64_t h, int64_t i);
 bool sa_row_runs_next(sa_row_runs *runs, int64_t *start, int64_t *end);
+int64_t sa_row_runs_count(sa_row_runs *runs); /* keys of all runs, at once */
 
 #endif

@@ -66,12 +66,8 @@ static int64_t
 row_keys(const counting *c, int64_t b, int64_t h, int64_t i)
 {
     sa_row_runs runs;
-    int64_t start, stop, keys = 0;
     sa_row_runs_start(&runs, c->plan, c->p, b, h, i);
-    while (sa_row_runs_next(&runs, &start, &stop)) {
-        keys += stop - start;
-    }
-    return keys;
+    return sa_row_runs_count(&runs);
 }
 
 static void
@@ -110,18 +106,8 @@ static int64_t
 sight_keys(const counting *c, int64_t b, int64_t h, int64_t i)
 {
     const int64_t at = (c->sight->maps > 1 ? b * c->p->n_q : 0) + i;
-    const int64_t hi = c->sight->hi[at];
-    int64_t from = c->sight->lo[at], keys = 0;
-    if (!c->sight->mask && !c->sight->key_mask) {
-        return hi - from;
-    }
-    const sa_row_bits bits = sa_row_bits_of(c->p, c->sight->mask, c->sight->key_mask, b, h, i);
-    while ((from = sa_row_bits_next(bits, true, from, hi)) < hi) {
-        const int64_t to = sa_row_bits_next(bits, false, from, hi);
-        keys += to - from;
-        from = to;
-    }
-    return keys;
+    return sa_row_bits_count(sa_row_bits_of(c->p, c->sight->mask, c->sight->key_mask, b, h, i), c->sight->lo[at],
+                             c->sight->hi[at]);
 }
 
 static sa_status

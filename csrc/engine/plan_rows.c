@@ -38,10 +38,30 @@ next_kind(const sa_row_runs *runs)
     return kind;
 }
 
+/* The next span as far as the row sees it; *masked: the masks may hide more of it. */
+static bool
+next_span(sa_row_runs *runs, int64_t *from, int64_t *to, bool *masked)
+{
+    for (;;) {
+        const int kind = next_kind(runs);
+        if (kind < 0) {
+            return false;
+        }
+        const int64_t s = runs->next[kind]++, first = runs->plan->start[s];
+        *from = SA_MAX(first, runs->lo[kind]);
+        *to = SA_MIN(first + sa_plan_span_len(runs->plan, s), runs->hi[kind]);
+        *masked = kind != SA_SPAN_FULL && sa_row_bits_any(runs->bits);
+        if (*from < *to) {
+            return true;
+        }
+    }
+}
+
 bool
 sa_row_runs_next(sa_row_runs *runs, int64_t *start, int64_t *end)
 {
     for (;;) {
+        bool masked;
         if (runs->at < runs->stop) {
             *start = sa_row_bits_next(runs->bits, true, runs->at, runs->stop);
             *end = runs->at = sa_row_bits_next(runs->bits, false, *start, runs->stop);
@@ -49,22 +69,24 @@ sa_row_runs_next(sa_row_runs *runs, int64_t *start, int64_t *end)
                 return true;
             }
         }
-        const int kind = next_kind(runs);
-        if (kind < 0) {
+        if (!next_span(runs, start, end, &masked)) {
             return false;
         }
-        const int64_t s = runs->next[kind]++, first = runs->plan->start[s];
-        const int64_t from = SA_MAX(first, runs->lo[kind]);
-        const int64_t to = SA_MIN(first + sa_plan_span_len(runs->plan, s), runs->hi[kind]);
-        if (from >= to) {
-            continue;
-        }
-        if (kind == SA_SPAN_FULL || !sa_row_bits_any(runs->bits)) {
-            *start = from;
-            *end = to;
+        if (!masked) {
             return true;
         }
-        runs->at = from;
-        runs->stop = to;
+        runs->at = *start;
+        runs->stop = *end;
     }
+}
+
+int64_t
+sa_row_runs_count(sa_row_runs *runs)
+{
+    int64_t from, to, keys = 0;
+    bool masked;
+    while (next_span(runs, &from, &to, &masked)) {
+        keys += masked ? sa_row_bits_count(runs->bits, from, to) : to - from;
+    }
+    return keys;
 }

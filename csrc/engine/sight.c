@@ -5,7 +5,7 @@
 
 #include "base/threads.h"
 
-enum { TASK_ROWS = 64, STRIDED_KEYS = 64 };
+enum { TASK_ROWS = 64, STRIDED_KEYS = 8 };
 
 /* First true byte of a contiguous row, eight at a time. */
 static int64_t
@@ -75,6 +75,39 @@ sa_row_bits_next(sa_row_bits bits, bool value, int64_t from, int64_t to)
             return from;
         }
     }
+}
+
+/* Bytes that are true in both rows, in pieces that a byte can count. */
+static int64_t
+count_both(const unsigned char *a, const unsigned char *b, int64_t n)
+{
+    int64_t total = 0;
+    for (int64_t j = 0; j < n;) {
+        const int64_t end = SA_MIN(j + 248, n);
+        unsigned char piece = 0;
+        for (; j < end; j++) {
+            piece += (unsigned char)((a[j] != 0) & (b[j] != 0));
+        }
+        total += piece;
+    }
+    return total;
+}
+
+int64_t
+sa_row_bits_count(sa_row_bits bits, int64_t from, int64_t to)
+{
+    const sa_bits a = bits.mask.at ? bits.mask : bits.keys, b = bits.keys.at ? bits.keys : a;
+    int64_t total = 0;
+    if (from >= to || a.at == NULL) {
+        return SA_MAX(to - from, 0);
+    }
+    if (a.step == 1 && b.step == 1) {
+        return count_both(a.at + from, b.at + from, to - from);
+    }
+    for (int64_t j = from; j < to; j++) {
+        total += (a.at[j * a.step] != 0) & (b.at[j * b.step] != 0);
+    }
+    return total;
 }
 
 static bool

@@ -39,6 +39,9 @@ sa_row_bits sa_row_bits_of(const sa_problem *p, bool mask, bool key_mask, int64_
 /* First key in [from, to) that both show (value true) or that one of them hides (false). */
 int64_t sa_row_bits_next(sa_row_bits bits, bool value, int64_t from, int64_t to);
 
+/* How many keys of [from, to) both show. */
+int64_t sa_row_bits_count(sa_row_bits bits, int64_t from, int64_t to);
+
 static inline bool
 sa_row_bits_any(sa_row_bits bits)
 {

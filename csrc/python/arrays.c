@@ -106,11 +106,12 @@ fill_axes(py_call *call, PyArrayObject *array, const char *arg, unsigned flags, 
 {
     const int pad = 4 - PyArray_NDIM(array);
     const npy_intp item = PyArray_ITEMSIZE(array);
+    const bool empty = PyArray_SIZE(array) == 0;
 
     for (int a = 0; a < 4; a++) {
         view->size[a] = a < pad ? 1 : PyArray_DIM(array, a - pad);
         view->stride[a] = 0;
-        if (view->size[a] > 1) { /* NumPy leaves any number in strides that are never taken */
+        if (view->size[a] > 1 && !empty) { /* NumPy leaves any number in strides that are never taken */
             const npy_intp bytes = PyArray_STRIDE(array, a - pad);
             if (bytes % item != 0) {
                 PyErr_Format(call->state->argument,
@@ -122,7 +123,7 @@ fill_axes(py_call *call, PyArrayObject *array, const char *arg, unsigned flags, 
             view->stride[a] = bytes / item;
         }
     }
-    if (view->size[3] <= 1) {
+    if (view->size[3] <= 1 || empty) {
         view->stride[3] = 1;
     } else if (!(flags & PY_ANY_LAST) && view->stride[3] != 1) {
         PyErr_Format(call->state->argument,

@@ -27,6 +27,7 @@
 #include "tile/tile_row.h"
 #include "tile/tile_product.h"
 #include "tile/tile_select.h"
+#include "tile/tile_ops.h"
 
 const sa_tile SA_NAME(sa_tile) = {
 #if defined(SA_HAVE_AVX512)

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 HELD_OUT_BELOW = 256 // 3  # of the first byte of a topic name's MD5 digest
+SHORT = 3  # words up to which a repeated paragraph may stay
 SHINGLE = 6  # words in a row that count as shared wording
 SHARED = 0.2  # share of a paragraph's shingles that makes it a near copy
 SKIPPED = frozenset({"__pycache__", "lib-dynload", "pydoc_data", "site-packages", "test", "tests"})
@@ -90,7 +91,7 @@ def training_documents() -> list[tuple[str, str]]:
     topics = _topics()
     held_out = {p for _, text in evaluation_topics() for p in map(_words, _paragraphs(text))}
     shingles = {s for words in held_out for s in _shingles(words)}
-    seen = {words for words in held_out if len(words) > 3}
+    seen = {words for words in held_out if len(words) > SHORT}
     trained = ((f"topic:{name}", topics[name]) for name in sorted(topics) if not _held_out(name))
     documents = []
     for source in (trained, _library_docstrings()):
@@ -140,7 +141,7 @@ def _fresh(text: str, seen: set[_Words], shingles: Iterable[_Words] = frozenset(
         own = list(_shingles(words))
         if sum(s in shingles for s in own) > SHARED * len(own):
             continue
-        if len(words) > 3:
+        if len(words) > SHORT:
             seen.add(words)
         kept.append(paragraph)
     return "\n\n".join(kept)

@@ -1,6 +1,6 @@
 """Train the default model in `tiny/` from scratch and print the figures of its README.
 
-    python train_tiny.py                     # the released recipe, about an hour on two cores
+    python train_tiny.py --compile           # the released recipe, about an hour on two cores
     python train_tiny.py --minutes 3 --out d # a quick look
     python train_tiny.py --evaluate          # only the figures of the stored model
 
@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
+CHOICES = 16  # random spellings of a word under BPE dropout
 END = "<|endoftext|>"
 WORD = re.compile(r"[A-Za-z]+")
 
@@ -98,7 +99,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
 class Speller:
     """Spells the training text as tokens, optionally with BPE dropout.
 
-    BPE dropout skips each merge with probability `p`. To stay fast and seeded, `choices` random
+    BPE dropout skips each merge with probability `p`. To stay fast and seeded, `CHOICES` random
     segmentations of each distinct word are drawn once; a word in the text then takes any of them.
     """
 
@@ -117,7 +118,7 @@ class Speller:
         model = json.loads(tokenizer.to_str())["model"]
         ranks = {tuple(pair): i for i, pair in enumerate(model["merges"])}
         rng = np.random.default_rng([seed, 1])
-        choices = 16 if p > 0 else 0
+        choices = CHOICES if p > 0 else 0
         self.spellings = [
             [[vocab[s] for s in merge(list(w), ranks, 0.0, rng)]]
             + [[vocab[s] for s in merge(list(w), ranks, p, rng)] for _ in range(choices)]
@@ -131,7 +132,8 @@ class Speller:
         for d in order:
             words = self.documents[d]
             vary = dropout and rng.random() < 0.5
-            picks = rng.integers(1, 17, len(words)) if vary else np.zeros(len(words), np.int64)
+            n = len(words)
+            picks = rng.integers(1, CHOICES + 1, n) if vary else np.zeros(n, np.int64)
             for w, c in zip(words.tolist(), picks.tolist(), strict=True):
                 out += self.spellings[w][c]
             out.append(self.end)
@@ -454,7 +456,9 @@ class Bigram:
         return float(-np.log(w * bi + (1 - w) * low).mean())
 
 
-def bigram_loss(tokenizer: Tokenizer, texts: list[str], held_out: Ids, vocab: int) -> float:
+def bigram_loss(
+    tokenizer: Tokenizer, texts: list[str], held_out: Ids, vocab: int
+) -> tuple[float, Bigram]:
     """Weights are fitted on every tenth document, counts then taken from all of them."""
     end = tokenizer.token_to_id(END)
     ids = [np.array([*tokenizer.encode(t).ids, end], np.int64) for t in texts]
@@ -462,7 +466,7 @@ def bigram_loss(tokenizer: Tokenizer, texts: list[str], held_out: Ids, vocab: in
     bigram.count(np.concatenate([x for i, x in enumerate(ids) if i % 10]))
     bigram.fit(np.concatenate(ids[::10]))
     bigram.count(np.concatenate(ids))
-    return bigram.loss(held_out)
+    return bigram.loss(held_out), bigram
 
 
 @torch.inference_mode()
@@ -509,12 +513,15 @@ def evaluate(folder: Path, text: dict[str, str]) -> None:
     model.load(load_file(folder / "model.safetensors"))
     held_out = blocks(tokenizer, corpus.evaluation_text(), s.context)
     texts = list(text.values())
-    ours, theirs = model_loss(model, held_out), bigram_loss(tokenizer, texts, held_out, s.vocab)
+    ours = model_loss(model, held_out)
+    theirs, bigram = bigram_loss(tokenizer, texts, held_out, s.vocab)
     share, count, first = known_words(model, tokenizer, texts)
     print(f"parameters {sum(p.numel() for p in model.parameters())}")
     print(f"training text  {corpus.text_hash(corpus.training_text())}")
     print(f"held-out text  {corpus.text_hash(corpus.evaluation_text())}, {held_out.size} tokens")
     print(f"held-out loss  {ours:.4f} nats a token; bigram {theirs:.4f}; gain {theirs - ours:.4f}")
+    weights = " ".join(f"{w:.2f}" for w in bigram.weights[1:18])
+    print(f"bigram weights {weights}, unigram {bigram.unigram_weight:.4f}")
     print(f"known words    {100 * share:.2f} % of {count}")
     print(f"--- the first sample ---\n{first}")
 
@@ -524,7 +531,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the default model.")
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    parser.add_argument("--minutes", type=float, default=0, help="stop earlier, as time allows")
+    parser.add_argument("--minutes", type=float, default=0, help="fewer steps, to fit this time")
     parser.add_argument("--out", type=Path, default=HERE / "tiny")
     parser.add_argument("--work", type=Path, default=Path("train_tiny.work"))
     parser.add_argument("--resume", action="store_true")

@@ -1,6 +1,1 @@
-"""Quality and cost of attention variants on a checkpoint."""
-
-from sparseattn.evaluation.compare import Comparison, compare
-from sparseattn.evaluation.single import Perplexity, perplexity
-
-__all__ = ["Comparison", "Perplexity", "compare", "perplexity"]
+"""Quality and cost of attention variants on a checkpoint: `compare.py` is the main job."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparseattn.errors import ArgumentError, SparseAttnError
+from sparseattn.errors import SparseAttnError
 from sparseattn.evaluation.cost import (
     LENGTHS,
     PEAK_LENGTH,
@@ -17,9 +17,10 @@ from sparseattn.evaluation.cost import (
     head_shape,
     peak_bytes,
 )
-from sparseattn.evaluation.job import Job, checked_int, checked_numbers, output_folder, prepare
+from sparseattn.evaluation.job import checked_int, checked_numbers, output_folder, prepare
 from sparseattn.evaluation.report import Comparison, build_report
-from sparseattn.evaluation.rows import DENSE, Row, given_rows, matched_rows, parse_attention
+from sparseattn.evaluation.results import Records
+from sparseattn.evaluation.rows import DENSE, given_rows, matched_rows, parse_attention
 from sparseattn.evaluation.trust import reference_difference
 from sparseattn.progress import progress as open_progress
 from sparseattn.variants import Variant
@@ -224,9 +225,9 @@ class CompareJob:
         if not result.rows:
             return
         records.write(".csv", result.to_csv())
-        if plots:
-            result.data["files"] = save_plots(result, self.job)
         records.write(".json", result.to_json())
+        if plots:
+            save_plots(result, records)
 
     def timed_specs(self) -> dict[str, Variant]:
         """Return what is timed: all but the bounds, which only say how good a row could be."""
@@ -283,18 +284,13 @@ def check_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted({checked_int("lengths", n, 16, 1 << 24) for n in items}))
 
 
-def save_plots(result: Comparison, job: Job) -> list[str]:
+def save_plots(result: Comparison, records: Records) -> None:
     """Write the plots as SVG; without the plot extra, none."""
     from sparseattn import plots
 
     if not plots.available():
-        return []
-    files = []
-    for suffix, figure in (
-        (".svg", plots.quality_cost(result.data)),
-        ("-time.svg", plots.time_ratio(result.data)),
-    ):
-        if figure is not None:
-            path = job.records.write(suffix, plots.to_svg(figure))
-            files.append(path.name if path else "")
-    return files
+        return
+    records.write(".svg", plots.to_svg(plots.quality_cost(result.data)))
+    times = plots.time_ratio(result.data)
+    if times is not None:
+        records.write("-time.svg", plots.to_svg(times))

@@ -42,7 +42,8 @@ PROBE_LENGTH = 512
 PEAK_LENGTH = 4096
 WARM = 0.1  # seconds
 GROWTH = 4.0  # of the time per doubling, until two lengths have been measured
-SHARE = 3.0  # each length gets this many times the budget of the one before
+SHARE = 3.0  # each length gets this many times the budget of the one before,
+LEAST = 0.02  # and at least this part of what is left
 
 
 class Counter:
@@ -170,7 +171,7 @@ class Timer:
     def _length(self, length: int) -> LengthTiming:
         """Measure one length on as many heads, and as many of the specs, as its share allows."""
         n_left = len(self.lengths) - len(self.done)
-        share = self.left / sum(SHARE**i for i in range(n_left))
+        share = self.left * max(1 / sum(SHARE**i for i in range(n_left)), LEAST)
         deadline = time.perf_counter() + share
         cost = self._predict(length)
         result = LengthTiming(length, 0, 0)
@@ -213,9 +214,7 @@ class Timer:
             except SparseAttnError as error:
                 self.refused[name] = str(error)
 
-    def _affordable(
-        self, cost: dict[str, float], share: float, result: LengthTiming
-    ) -> list[str]:
+    def _affordable(self, cost: dict[str, float], share: float, result: LengthTiming) -> list[str]:
         """Names that fit on one key/value head; the dearest are left out first, dense last."""
         result.left_out.update(self.refused)
         names = [n for n in self.specs if n in cost]
@@ -223,7 +222,7 @@ class Timer:
             dearest = max(names[1:] or names, key=lambda n: cost[n])
             names.remove(dearest)
             need = MIN_REPEATS * (cost[dearest] + (cost[names[0]] if names else 0.0))
-            result.left_out[dearest] = f"needs about {need:.0f} s of the time budget"
+            result.left_out[dearest] = f"needs about {need:.2g} s of the time budget"
         if len(names) == 1 < len(self.specs):
             return []  # dense alone is no comparison
         return names

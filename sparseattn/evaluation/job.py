@@ -13,7 +13,7 @@ import numpy as np
 
 from sparseattn.errors import ArgumentError
 from sparseattn.evaluation.cost import Counter
-from sparseattn.evaluation.perplexity import BlockScore, LanguageModel, Scorer
+from sparseattn.evaluation.scores import BlockScore, LanguageModel, Scorer
 from sparseattn.evaluation.results import Records, check_writable
 from sparseattn.evaluation.rows import DENSE, check_specs, is_random, seeded
 from sparseattn.evaluation.text import Block, Text, cut_blocks, load_text, require_length
@@ -120,6 +120,7 @@ class Job:
             "text": self.text.name,
             "text_sha256": self.text.sha256,
             "tokens": len(self.text.ids),
+            "documents": self.text.documents,
             "predictions": sum(block.targets for block in self.blocks),
             "context": self.context,
             "stride": self.stride,

@@ -1,148 +1,115 @@
-"""Ground-truth perplexity and the agreement of a variant with dense attention, per block.
-
-``PPL = exp(-(1/M) sum log p(x[i+1] | x[..i]))`` at temperature 1, natural log, over the M
-ground-truth tokens predicted (`text.cut_blocks`). Hidden states are kept, logits are made in
-chunks of rows: nothing of size tokens x vocabulary ever exists.
-"""
+"""Perplexity of one spec on a text: the first half of a comparison, alone."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sparseattn import _core
-from sparseattn.attention import Plan
-from sparseattn.evaluation.cost import Counter
-from sparseattn.evaluation.text import Block, Tokenizer
-from sparseattn.variants.base import Variant
+from sparseattn.errors import ArgumentError
+from sparseattn.evaluation.job import Job, output_folder, prepare
+from sparseattn.evaluation.rows import parse_attention, seeded
+from sparseattn.evaluation.stats import DRAWS, Interval, bootstrap_mean
+from sparseattn.evaluation.table import number, with_interval
+from sparseattn.variants import Variant
 
-__all__ = ["BlockScore", "LanguageModel", "Scorer"]
-
-CHUNK = 1 << 23  # logits held at once, of each of the two models
-KEEP = 1 << 29  # bytes of dense hidden states kept; beyond, they are computed again
-
-class LanguageModel(Protocol):
-    """What evaluation needs of a model; `sparseattn.Model` is one."""
-
-    config: Any
-    tokenizer: Tokenizer | None
-    fingerprint: str
-
-    def hidden(
-        self,
-        tokens: Any,
-        attention: Any = None,
-        per_layer: Any = None,
-        on_attend: Callable[[int, Plan], None] | None = None,
-    ) -> NDArray[np.float32]:
-        """Return the states after the final norm, (batch, length, hidden)."""
-
-    def head(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return logits (rows, vocabulary)."""
+__all__ = ["Perplexity", "perplexity"]
 
 
-@dataclass
-class BlockScore:
-    """Sums over the scored targets of one block; `tail` is the last quarter of the context."""
+@dataclass(frozen=True)
+class Perplexity:
+    """Ground-truth perplexity with everything its definition depends on.
 
-    targets: int = 0
-    tail: int = 0
-    nll: float = 0.0
-    nll_tail: float = 0.0
-    kl: float = 0.0
-    agree: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    sha256: str = ""
-    counts: dict[str, int] = field(default_factory=dict)
-
-
-class Scorer:
-    """Score blocks of one text under dense attention and under variants.
-
-    Parameters
+    Attributes
     ----------
-    model : LanguageModel
-    ids : ndarray of int32, shape (tokens,)
-    context : int
-        Length of a full block: positions from ``3 * context / 4`` on are its tail.
+    value : float
+        ``exp(nll)``.
+    nll : Interval
+        Mean negative log-likelihood, nats per token, with its 95 % interval over blocks.
     """
 
-    def __init__(
-        self, model: LanguageModel, ids: NDArray[np.int32], context: int, dense: Variant
-    ) -> None:
-        self.model, self.ids, self.context, self.dense = model, ids, context, dense
-        self._kept: dict[int, NDArray[np.float32]] = {}
+    value: float
+    nll: Interval
+    attention: str
+    evaluation: dict[str, Any]
+    environment: dict[str, Any]
 
-    def block(self, block: Block, spec: Variant, counter: Counter | None = None) -> BlockScore:
-        """Score one block; KL and agreement are against dense on the same tokens."""
-        score = BlockScore(targets=block.targets, tokens=block.end - block.begin)
-        is_dense = spec == self.dense
-        begin = time.perf_counter()
-        hidden = self._hidden(block, spec, counter)
-        score.seconds = time.perf_counter() - begin - (counter.seconds if counter else 0.0)
-        if is_dense:
-            self._keep(block, hidden)
-        base = None if is_dense else self._dense_hidden(block)
-        digest = hashlib.sha256()
-        for rows in self._chunks(block, hidden.shape[0]):
-            self._rows(score, block, rows, hidden, base, digest.update)
-        score.sha256 = digest.hexdigest()
-        if counter:
-            score.counts = counter.counts()
-        return score
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        low, high = (None if math.isnan(x) else x for x in self.nll[1:])
+        return {**asdict(self), "nll": [self.nll.value, low, high]}
 
-    def _rows(
-        self,
-        score: BlockScore,
-        block: Block,
-        rows: slice,
-        hidden: NDArray[np.float32],
-        base: NDArray[np.float32] | None,
-        digest: Callable[[bytes], None],
-    ) -> None:
-        """Add a chunk of rows (positions of the block) to `score`."""
-        target = self.ids[block.begin + 1 + rows.start : block.begin + 1 + rows.stop]
-        begin = time.perf_counter()
-        logits = self.model.head(hidden[rows])
-        score.seconds += time.perf_counter() - begin
-        nll, best = _core.nll(logits, np.ascontiguousarray(target, dtype=np.int32))
-        tail = np.arange(rows.start, rows.stop) >= self.context * 3 // 4
-        score.nll += float(nll.sum())
-        score.nll_tail += float(nll[tail].sum())
-        score.tail += int(tail.sum())
-        digest(nll.astype("<f8").tobytes())
-        if base is None:
-            score.agree += len(nll)
-            return
-        dense = self.model.head(base[rows])
-        score.kl += float(_core.kl(dense, logits).sum())
-        score.agree += int((_core.nll(dense, best)[1] == best).sum())
+    def to_json(self) -> str:
+        """Return everything as JSON."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
-    def _chunks(self, block: Block, length: int) -> Iterator[slice]:
-        step = max(1, CHUNK // self.model.config.vocab_size)
-        for begin in range(block.first, length, step):
-            yield slice(begin, min(begin + step, length))
+    def __repr__(self) -> str:
+        e = self.evaluation
+        return (
+            f"perplexity {number(self.value, 4)}, loss {with_interval(self.nll)} nats a token, "
+            f"with {self.attention}\n"
+            f"{e['model']} on {e['text']} (sha256 {e['text_sha256'][:12]})\n"
+            f"{e['predictions']:,} predictions in {e['blocks']} blocks of {e['context']}, stride "
+            f"{e['stride']}; ± is half the 95 % interval, bootstrap over blocks, {DRAWS:,} draws"
+        )
 
-    def _hidden(
-        self, block: Block, spec: Variant, counter: Counter | None = None
-    ) -> NDArray[np.float32]:
-        tokens = self.ids[None, block.begin : block.end]
-        return self.model.hidden(tokens, attention=spec, on_attend=counter)[0]
 
-    def _dense_hidden(self, block: Block) -> NDArray[np.float32]:
-        hidden = self._kept.get(block.begin)
-        if hidden is None:
-            hidden = self._hidden(block, self.dense)
-            self._keep(block, hidden)
-        return hidden
+def perplexity(
+    model: Any = None,
+    text: Any = None,
+    attention: str | Variant = "dense",
+    tokens: int | None = 20_000,
+    *,
+    save: str | os.PathLike[str] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    seed: int = 0,
+    random_weights: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Perplexity:
+    """Return the ground-truth perplexity of a model under one spec, at temperature 1.
 
-    def _keep(self, block: Block, hidden: NDArray[np.float32]) -> None:
-        if sum(h.nbytes for h in self._kept.values()) + hidden.nbytes <= KEEP:
-            self._kept[block.begin] = hidden
+    Parameters are those of `sparseattn.compare`.
+
+    Examples
+    --------
+    >>> from sparseattn.evaluation.perplexity import perplexity
+    >>> perplexity(attention="window:64", tokens=2000).value            # doctest: +SKIP
+    """
+    specs = parse_attention(attention)
+    if len(specs) != 1:
+        raise ArgumentError(f"attention must be one spec here, got {len(specs)}: use compare")
+    folder = output_folder(save)
+    job = prepare(
+        model,
+        text,
+        specs,
+        tokens=tokens,
+        context=context,
+        stride=stride,
+        seed=seed,
+        random_weights=random_weights,
+        tokenizer=tokenizer,
+        progress=progress,
+    )
+    with job.open(folder, "eval", {"attention": str(specs[0])}) as records:
+        result = _score(job, specs[0])
+        records.write(".json", result.to_json())
+    return result
+
+
+def _score(job: Job, spec: Variant) -> Perplexity:
+    """Score every block; no comparison, so dense runs only if it is the spec."""
+    job.scorer.dense = seeded(spec, job.seed)
+    job.score(spec, 1)
+    (blocks,) = job.scores(spec, 1) or [[]]
+    sums = np.array([score.nll for score in blocks])
+    nll = bootstrap_mean(sums, [score.targets for score in blocks], seed=job.seed)
+    evaluation = {**job.describe(), "seed": job.seed, "draws": DRAWS}
+    value = math.exp(min(nll.value, 700.0))
+    return Perplexity(value, nll, str(spec), evaluation, job.environment)

@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from sparseattn.evaluation.cost import LengthTiming, wins_from
 from sparseattn.evaluation.job import Job
-from sparseattn.evaluation.perplexity import BlockScore
+from sparseattn.evaluation.scores import BlockScore
 from sparseattn.evaluation.rows import DENSE, Row
 from sparseattn.evaluation.stats import DRAWS, Interval, bootstrap_mean
 from sparseattn.evaluation.table import (
@@ -29,7 +30,6 @@ from sparseattn.evaluation.table import (
 __all__ = ["Comparison", "build_report"]
 
 DENSE_NAME = str(DENSE)
-RATES = ("kept", "k_rows", "v_rows")
 
 
 class Comparison:
@@ -79,15 +79,20 @@ class Comparison:
         """Return the table with its legend, the trust line and the act line."""
         if not self.rows:
             return "\n".join([*heading(self.data), "no row is finished yet"])
-        parts = [heading(self.data), [self._table().text(width)], legend(self.data)]
-        parts.append([*trust_lines(self.data), f"act    {self.data['act']['text']}"])
+        ends = [*trust_lines(self.data), f"act    {self.data['act']['text']}"]
+        parts = [
+            heading(self.data),
+            [self._table().text(width)],
+            [folded(line, "  ", width) for line in legend(self.data)],
+            [folded(line, " " * 7, width) for line in ends],
+        ]
         return "\n\n".join("\n".join(part) for part in parts)
 
     def __repr__(self) -> str:
         return self.text()
 
     def _repr_html_(self) -> str:
-        lines = [*legend(self.data), *trust_lines(self.data), self.data["act"]["text"]]
+        lines = [*legend(self.data), *trust_lines(self.data), f"act  {self.data['act']['text']}"]
         notes = "<br>".join(html.escape(line) for line in lines)
         title = html.escape(" · ".join(heading(self.data)))
         table = self._table().html() if self.rows else ""
@@ -238,7 +243,7 @@ def advice(rows: Sequence[dict[str, Any]], max_kl: float) -> dict[str, Any]:
         )
         return {"max_kl": max_kl, "spec": None, "text": text}
     length = min((r["measured_to"] or 0 for r in good), default=0)
-    best = min(good, key=lambda r: (ratio_at(r, length) or math.inf, r["v_rows"], r["k_rows"]))
+    best = min(good, key=lambda r: (ratio_at(r, length) or math.inf, r["k_rows"] + r["v_rows"]))
     code = f'model(tokens, attention="{best["variant"]}")'
     ratio = ratio_at(best, length)
     cost = f"keeps {percent(best['kept'])}"
@@ -302,11 +307,12 @@ def heading(data: dict[str, Any]) -> list[str]:
     heads = f"{e['heads']} heads"
     if e["kv_heads"] != e["heads"]:
         heads += f" over {e['kv_heads']}"
+    documents = f" of {e['documents']:,} documents" if e["documents"] > 1 else ""
     return [
         f"{e['model']} ({e['family']}, {e['layers']} layers, {heads} of {e['head_dim']}) "
         f"on {e['text']}",
         f"{e['predictions']:,} predictions in {e['blocks']} blocks of {e['context']}, "
-        f"stride {e['stride']}",
+        f"stride {e['stride']}{documents}",
     ]
 
 
@@ -329,17 +335,24 @@ def columns(data: dict[str, Any]) -> list[Column]:
         cells = [with_interval(interval(r[name]), sign=sign, scale=scale) for r in rows]
         add(head, cells, "quality")
     add("perplexity", [number(r["perplexity"], 4) for r in rows], "quality")
-    for head, name in zip(("kept", "K rows", "V rows"), RATES, strict=True):
-        add(head, [percent(r[name]) for r in rows], "quality")
-    add("tokens/s", [number(r["tokens_per_second"]) for r in rows], "quality")
+    for head, name in (("kept", "kept"), ("K rows", "k_rows"), ("V rows", "v_rows")):
+        add(head, [percent(r[name]) for r in rows], "cost")
+    add("tokens/s", [number(r["tokens_per_second"]) for r in rows], "cost")
     if data["timing"]:
-        add("wins from", [wins_word(r) for r in rows], "time")
         peaks = [r["peak_bytes"] for r in rows]
-        add("peak MiB", [number(None if p is None else p / 2**20) for p in peaks], "time")
+        add("peak MiB", [number(None if p is None else p / 2**20) for p in peaks], "cost")
+        add("wins from", [wins_word(r) for r in rows], "time")
         for t in data["timing"]:
             key = str(t["length"])
             add(lengths_word(t["length"]), [time_word(r, key) for r in rows], "time")
     return found
+
+
+def folded(line: str, indent: str, width: int) -> str:
+    """Return a line in several, those after the first indented."""
+    return textwrap.fill(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def budget_word(row: dict[str, Any]) -> str:
@@ -373,41 +386,39 @@ def time_word(row: dict[str, Any], length: str) -> str:
 
 
 def legend(data: dict[str, Any]) -> list[str]:
-    """Return what the columns mean."""
+    """Return what the columns mean, and what is not there."""
     e = data["evaluation"]
     seeds = f" and {e['seeds']} seeds where random" if e["seeds"] > 1 else ""
     lines = [
-        f"Δnll: loss minus dense's on the same tokens, nats a token; tail: in the last quarter of "
-        f"a block. ± is half the 95 %\n  interval, bootstrap over {e['blocks']} blocks{seeds}, "
-        f"{e['draws']:,} draws. KL: KL(dense || variant), nats a token. top-1: same likeliest "
-        f"token.\nkept: of the visible query-key pairs; K, V rows: read, of the visible (union over "
-        f"a group of query heads). tokens/s: whole model."
+        "Δnll: loss minus dense's on the same tokens, nats a token; tail: in the last quarter of a "
+        "block. KL: KL(dense || variant), nats a token. top-1: share of tokens with the same "
+        f"likeliest next one. ±: half the 95 % interval, bootstrap over {e['blocks']} blocks"
+        f"{seeds}, {e['draws']:,} draws.",
+        "kept: of the visible query-key pairs. K, V rows: read, of the visible ones (union over a "
+        "group of query heads). tokens/s: whole model.",
     ]
     if any(row["budget"] for row in data["rows"]):
-        lines.append(
-            "budget: share to keep; floor: random keys, ceiling: best keys by true score."
-        )
+        lines.append("budget: share to keep; floor: random keys, ceiling: best keys by true score.")
     if data["timing"]:
         lines += timing_legend(data)
     if data["unfinished"]:
-        lines.append(f"not finished: {', '.join(data['unfinished'])} (the same run goes on there)")
+        lines.append(f"not finished: {', '.join(data['unfinished'])}")
     return lines
 
 
 def timing_legend(data: dict[str, Any]) -> list[str]:
     """Return how the timed columns came about, and what was left out."""
-    runs = [t for t in data["timing"] if t["heads"]]
     shape = data["shape"]
-    heads = []
-    for t in runs:
-        if not heads or heads[-1][1] != t["heads"]:
+    heads: list[tuple[int, int]] = []
+    for t in data["timing"]:
+        if t["heads"] and (not heads or heads[-1][1] != t["heads"]):
             heads.append((t["length"], t["heads"]))
-    words = ", ".join(f"{h} from {lengths_word(n)}" for n, h in heads)
-    peak = f"peak: extra memory of one call at N = {lengths_word(shape['peak_length'])}, "
+    words = ", ".join(f"{count} from {lengths_word(n)} on" for n, count in heads)
     lines = [
-        f"512 ...: causal attention time over dense's of the same run (dense: its time); heads of "
-        f"{shape['dim']}: {words}.\nwins from: length from which the whole interval stays below 1. "
-        f"{peak}{shape['heads']} heads."
+        f"{' '.join(lengths_word(t['length']) for t in data['timing'])}: time of causal attention "
+        f"over dense's of the same run (dense: its own time), heads of {shape['dim']}: {words}. "
+        "wins from: the length from which the whole interval stays below 1. peak: extra memory of "
+        f"one call at N = {lengths_word(shape['peak_length'])}, {shape['heads']} heads.",
     ]
     reasons: dict[tuple[str, str], list[str]] = {}
     for t in data["timing"]:
@@ -435,11 +446,10 @@ def trust_lines(data: dict[str, Any]) -> list[str]:
     check = (trust["dense_checksum"] or "-")[:12]
     packages = ", ".join(f"{k} {v}" for k, v in env["packages"].items() if v)
     return [
-        f"trust  dense: {against}; checksum {check}",
-        f"       text: {e['tokens']:,} tokens, sha256 {e['text_sha256'][:12]}; "
-        f"sparseattn {env['sparseattn']}, Python {env['python']}, {packages}",
-        f"       {env['cpu']}, {env['threads']} threads of {env['cores']} cores, {env['isa']}, "
-        f"BLAS {blas_word(env['blas'])}",
+        f"trust  dense: {against}; checksum {check}. text: {e['tokens']:,} tokens, sha256 "
+        f"{e['text_sha256'][:12]}. sparseattn {env['sparseattn']}, Python {env['python']}, "
+        f"{packages}. {env['cpu']}, {env['threads']} threads of {env['cores']} cores, "
+        f"{env['isa']}, BLAS {blas_word(env['blas'])}"
     ]
 
 

@@ -16,14 +16,18 @@ from sparseattn.errors import ArgumentError, FileError
 
 __all__ = ["Block", "Text", "Tokenizer", "cut_blocks", "load_text"]
 
+SEPARATOR = "<|endoftext|>"
 MARGIN = 64  # tokens at the end of a text's beginning that its cut may have changed
 
 
 class Tokenizer(Protocol):
     """What a model folder's tokenizer offers."""
 
-    def encode(self, text: str) -> Sequence[int]:
-        """Return the ids of `text`."""
+    def encode(self, text: str, *, special: bool = False) -> Sequence[int]:
+        """Return the ids of `text`, with what the tokenizer puts around one where `special`."""
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of one piece, if it is one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Text:
     ids: NDArray[np.int32]
     sha256: str
     name: str
+    documents: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def load_text(text: Any, tokenizer: Tokenizer | None, tokens: int | None) -> Tex
             "tokenizer=FOLDER (--tokenizer FOLDER)"
         )
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    return Text(_encode(tokenizer, content, tokens), sha256, name)
+    ids, documents = _encode(tokenizer, content, tokens)
+    return Text(ids, sha256, name, documents)
 
 
 def _read(text: str | os.PathLike[str] | None) -> tuple[str, str]:
@@ -124,18 +130,39 @@ def _read(text: str | os.PathLike[str] | None) -> tuple[str, str]:
         raise FileError(f"text file {path} cannot be read: {reason}") from None
 
 
-def _encode(tokenizer: Tokenizer, content: str, tokens: int | None) -> NDArray[np.int32]:
-    """Tokenise `content`, or as much of its beginning as `tokens` ids need.
+def _encode(
+    tokenizer: Tokenizer, content: str, tokens: int | None
+) -> tuple[NDArray[np.int32], int]:
+    """Tokenise documents until there are enough ids; return these and the number of documents.
+
+    ``<|endoftext|>`` parts documents. Where it is one of the tokenizer's own pieces it is read as
+    such; else each document gets what the tokenizer puts around a text (``<s>`` in LLaMA's).
+    """
+    documents = [content]
+    if tokenizer.token_id(SEPARATOR) is None and SEPARATOR in content:
+        documents = [part.strip() for part in content.split(SEPARATOR) if part.strip()]
+    ids: list[int] = []
+    used = 0
+    for document in documents:
+        ids += _encode_beginning(tokenizer, document, None if tokens is None else tokens - len(ids))
+        used += 1
+        if tokens is not None and len(ids) >= tokens:
+            break
+    return np.asarray(ids[:tokens], dtype=np.int32), used
+
+
+def _encode_beginning(tokenizer: Tokenizer, document: str, tokens: int | None) -> Sequence[int]:
+    """Tokenise a document, or as much of its beginning as `tokens` ids need.
 
     A cut can change only tokens near it, so the last `MARGIN` ids of a beginning are not used.
     """
-    length = len(content) if tokens is None else 4 * (tokens + MARGIN)
-    while length < len(content):
-        ids = tokenizer.encode(content[:length])
+    length = len(document) if tokens is None else 4 * (tokens + MARGIN)
+    while length < len(document):
+        ids = tokenizer.encode(document[:length], special=True)
         if tokens is not None and len(ids) >= tokens + MARGIN:
-            return np.asarray(ids[:tokens], dtype=np.int32)
+            return ids[:tokens]
         length *= 2
-    return np.asarray(tokenizer.encode(content)[:tokens], dtype=np.int32)
+    return tokenizer.encode(document, special=True)
 
 
 def require_length(text: Text, context: int) -> None:

@@ -52,7 +52,7 @@ ITEM_BYTES = {
 WEIGHT_TYPES = {"F32": "<f4", "F64": "<f8", "F16": "<u2", "BF16": "<u2"}
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ("*.json", "*.safetensors", "merges.txt")
+HUB_FILES = ["*.json", "*.safetensors", "merges.txt"]
 AGAIN = "download or export it again"
 
 
@@ -366,7 +366,7 @@ def widen(flat: NDArray[Any], dtype: str) -> NDArray[np.float32]:
         from sparseattn import _core
 
         out = np.empty(flat.shape, np.float32)
-        _core.widen(np.require(flat, np.uint16, "A"), dtype.lower(), out)
+        _core.widen(np.require(flat, np.uint16, "A"), "f16" if dtype == "F16" else "bf16", out)
         return out
     return np.require(flat, np.float32, "A")
 

@@ -102,13 +102,8 @@ class Fields:
             raise self.fail(name, f"is {show(value)}: give an object or null")
         return Fields(value, f"{self.source}: {name}")
 
-    def token(self, name: str, vocab_size: int) -> int | None:
-        """A token id; out of the vocabulary (as files in use have it) reads as absent."""
-        value = self.values.get(name)
-        return value if type(value) is int and 0 <= value < vocab_size else None
-
     def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """One token id or a list of them, those outside the vocabulary left out."""
+        """One token id or a list of them; those outside the vocabulary are left out."""
         value = self.values.get(name)
         ids = value if isinstance(value, list) else [value]
         return tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size)
@@ -310,7 +305,8 @@ class Linear:
 
     @property
     def n_out(self) -> int:
-        return self.weight.shape[0 if self.transposed else 1]
+        rows, columns = self.weight.shape
+        return int(rows if self.transposed else columns)
 
     def __call__(self, x: F32, out: F32) -> F32:
         _core.linear(x, self.weight, self.bias, out, self.transposed)

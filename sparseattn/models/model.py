@@ -135,7 +135,7 @@ class Model:
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name in sorted(self._values):
             digest.update(name.encode() + b"\0")
-            digest.update(np.ascontiguousarray(self._values[name]))
+            digest.update(np.ascontiguousarray(self._values[name]).data)
         return digest.hexdigest()
 
     def __call__(
@@ -280,13 +280,8 @@ def read_family(folder: Path) -> tuple[Family, Config]:
         raise fields.fail("quantization_config", "is set: save the weights as F32, F16 or BF16")
     family = FAMILIES[name]
     config = family.read_config(fields)
-    both = (Fields(read_small_json(folder, "generation_config.json")), fields)
-    return family, replace(
-        config,
-        bos_token_id=next(
-            (t for f in both if (t := f.token("bos_token_id", config.vocab_size)) is not None), None
-        ),
-        eos_token_ids=next(
-            (t for f in both if (t := f.tokens("eos_token_id", config.vocab_size))), ()
-        ),
-    )
+    more = Fields(read_small_json(folder, "generation_config.json"))  # it has the last word
+    vocab = config.vocab_size
+    bos = more.tokens("bos_token_id", vocab) or fields.tokens("bos_token_id", vocab)
+    eos = more.tokens("eos_token_id", vocab) or fields.tokens("eos_token_id", vocab)
+    return family, replace(config, bos_token_id=bos[0] if bos else None, eos_token_ids=eos)

@@ -95,6 +95,8 @@ class Tokenizer:
             If `text` is not a str.
         ArgumentError
             If it holds a lone surrogate, which no UTF-8 text can.
+        FileError
+            If the tokenizer's own file makes the engine fail on it.
         """
         if not isinstance(text, str):
             raise DtypeError(f"text is a {type(text).__name__}: give a str")
@@ -104,7 +106,10 @@ class Tokenizer:
             raise ArgumentError(
                 f"text has a lone surrogate at {error.start}: decode it with errors='replace'"
             ) from None
-        ids: list[int] = self._engine.encode(text, add_special_tokens=special).ids
+        engine = self._engine
+        ids: list[int] = guarded(
+            "encoding", lambda: engine.encode(text, add_special_tokens=special).ids
+        )
         return ids
 
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
@@ -121,7 +126,10 @@ class Tokenizer:
             bad = next((i for i in known if self._engine.id_to_token(i) is None), None)
         if bad is not None:
             raise ArgumentError(f"ids holds {bad}: give ids of the {self.vocab_size} tokens")
-        text: str = self._engine.decode(known, skip_special_tokens=not special)
+        engine = self._engine
+        text: str = guarded(
+            "decoding", lambda: engine.decode(known, skip_special_tokens=not special)
+        )
         return text
 
 

@@ -114,6 +114,10 @@ class Variant:
         """The spec of layer ``index`` of a model; only ``PerLayer`` differs by layer."""
         return self
 
+    def for_head(self, head: int) -> Variant:
+        """The spec for a call over heads from ``head`` on; only what is drawn by head differs."""
+        return self
+
     def build(
         self, q: Array, k: Array, problem: Problem, params: Params | None
     ) -> tuple[Piece, ...]:

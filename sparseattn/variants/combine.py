@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -74,6 +74,9 @@ class _Joined(Composition):
     @property
     def children(self) -> tuple[Variant, ...]:
         return self.parts
+
+    def for_head(self, head: int) -> Variant:
+        return replace(self, parts=tuple(part.for_head(head) for part in self.parts))  # type: ignore[type-var]
 
     def combine(
         self,
@@ -222,7 +225,7 @@ class PerHead(Composition):
         pieces = []
         for begin, end in self.ranges(group):
             span = slice(begin // group, (end - 1) // group + 1)
-            (piece,) = self.specs[begin].build(
+            (piece,) = self.specs[begin].for_head(begin).build(
                 q[:, begin:end],
                 k[:, span],
                 problem.of_heads(begin, end),

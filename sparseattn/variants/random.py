@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from sparseattn.variants.base import Variant, register
+
+
+SEEDS = 2**53  # one more than the largest seed
+STEP = 2654435761 * 4099  # odd and large: heads of neighbouring seeds do not meet
 
 
 @register
@@ -35,3 +39,6 @@ class RandomKeys(Variant):
 
     k: int
     seed: int = 0
+
+    def for_head(self, head: int) -> Variant:
+        return replace(self, seed=(self.seed + head * STEP) % SEEDS)

@@ -76,31 +76,51 @@ def softmax(s: Array, see: Array) -> tuple[Array, Array]:
     return weights, lse
 
 
+def weights(
+    q: Array,
+    k: Array,
+    see: Array,
+    *,
+    full: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    compute: type = np.float64,
+) -> Array:
+    """Attention weights; ``full``: the keys of the normaliser where it is not ``see``."""
+    s = scores(q, k, scale=scale, softcap=softcap, bias=bias, compute=compute)
+    kept, lse = softmax(s, see)
+    if full is None:
+        return kept
+    with np.errstate(invalid="ignore"):
+        mass = np.exp(lse - softmax(s, full)[1])
+    return np.where(see, kept * mass[..., None], kept.dtype.type(0))
+
+
 def attention(
     q: Array,
     k: Array,
     v: Array,
     see: Array,
     *,
+    full: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
-    full: Array | None = None,
     compute: type = np.float64,
 ) -> tuple[Array, Array]:
     """out and lse of softmax attention over the keys that ``see`` (..., heads, n_q, n_k) shows.
 
-    ``full``: the keys of the normaliser where it is not ``see`` (selection after the softmax);
-    lse is then the full row's.
+    ``full``: the keys of the normaliser where it is not ``see`` (selection after the softmax,
+    P_post = P_pre * kept mass, algorithms 4.1); lse is then the full row's.
     """
-    s = scores(q, k, scale=scale, softcap=softcap, bias=bias, compute=compute)
-    weights, lse = softmax(s, see if full is None else full)
-    if full is not None:
-        weights = np.where(see, weights, weights.dtype.type(0))
+    terms = {"scale": scale, "softcap": softcap, "bias": bias, "compute": compute}
+    w = weights(q, k, see, full=full, **terms)
+    lse = softmax(scores(q, k, **terms), see if full is None else full)[1]
     v = repeat_heads(v, q.shape[-3]).astype(compute)
     # An unseen value counts nothing, whatever it holds: 0 * NaN is not 0.
-    used = (weights != 0).any(-2)
-    return weights @ np.where(used[..., None], v, v.dtype.type(0)), lse
+    used = see.any(-2)
+    return w @ np.where(used[..., None], v, v.dtype.type(0)), lse
 
 
 def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

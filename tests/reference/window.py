@@ -8,10 +8,16 @@ import numpy as np
 
 
 def pattern(
-    n_q: int, n_k: int, left: int, right: int, sinks: int = 0, columns: tuple[int, ...] = ()
+    n_q: int,
+    n_k: int,
+    left: int,
+    right: int,
+    sinks: int = 0,
+    columns: tuple[int, ...] = (),
+    offset: int = 0,
 ) -> np.ndarray:
-    """i + n_k - n_q - left <= j <= i + n_k - n_q + right, or j < sinks, or j in columns; -1: no bound."""
-    i = np.arange(n_q)[:, None] + n_k - n_q
+    """p - left <= j <= p + right with p = i + offset, or j < sinks, or j in columns; -1: no bound."""
+    i = np.arange(n_q)[:, None] + offset
     j = np.arange(n_k)[None]
     inside = np.ones((n_q, n_k), bool)
     if left >= 0:
@@ -30,8 +36,12 @@ def check(
     window_size: tuple[int, int] | None,
     sinks: int,
     globals: tuple[int, ...],
+    causal: Any,
     **_: Any,
 ) -> None:
+    """The last query stands at the last key, but for top-left causality: the first at the first."""
     left, right = window_size if size is None else (size - 1, 0)
-    want = pattern(*visible.shape[-2:], left, right, sinks, globals)
+    n_q, n_k = visible.shape[-2:]
+    offset = 0 if causal == "top_left" else n_k - n_q
+    want = pattern(n_q, n_k, left, right, sinks, globals, offset)
     np.testing.assert_array_equal(kept, visible & want)

@@ -1,0 +1,128 @@
+"""Speed of sparseattn: a correctness gate, then ratios in one run.
+
+    python benchmarks/run.py --check            the gate alone (what continuous integration runs)
+    python benchmarks/run.py                    everything; rows against PyTorch are left out where it is absent
+    python benchmarks/run.py --rows dense,sparse --rounds 15 --json out.json
+
+No kernel is timed before its result matches a float64 reference. Times are medians of interleaved rounds; only ratios
+of one run mean anything, so S (OpenBLAS's sgemm of 1024) and P (a register-only loop of multiply-adds) are
+measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from cases import CASES, Case
+from measure import idle_share
+from rows import ROWS, Bench, Result
+
+CEILING = 2e-6  # largest error of a forward against float64, unit-normal inputs
+
+
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Masked softmax attention in float64; rows that see nothing are 0."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
+    s = np.where(mask, q.astype(np.float64) @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]), -np.inf)
+    top = s.max(-1, keepdims=True)
+    p = np.exp(s - np.where(np.isfinite(top), top, 0.0))
+    total = p.sum(-1, keepdims=True)
+    return np.divide(p, total, out=np.zeros_like(p), where=total > 0) @ v
+
+
+def gate(case: Case) -> float:
+    """Largest error of the case at a small shape of the same kind, on every instruction set of this machine."""
+    import sparseattn as sa
+    from sparseattn import _core
+
+    _, heads, kv_heads, _, _, dim = case.shape
+    n = 321
+    rng = np.random.default_rng(7)
+    q = rng.standard_normal((1, heads, n, dim), dtype=np.float32)
+    k, v = (rng.standard_normal((1, kv_heads, n, dim), dtype=np.float32) for _ in range(2))
+    share = case.params.get("layout")
+    blocks = -(-n // 64)
+    params = {"layout": rng.random((1, blocks, blocks)) < max(share, 0.3)} if share else None
+    worst, before = 0.0, _core.isa()
+    for isa in _core.isas():
+        _core.set_isa(isa)
+        plan = sa.plan(q, k, case.spec, causal=case.causal, params=params)
+        got = sa.attention(q, k, v, plan, causal=case.causal)
+        worst = max(worst, float(np.abs(got - reference(q, k, v, plan.to_mask())).max()))
+    _core.set_isa(before)
+    return worst
+
+
+def check() -> bool:
+    """The gate over all cases; prints one line each."""
+    good = True
+    for case in CASES:
+        error = gate(case)
+        good &= error <= CEILING
+        print(f"  {case.name:<20} largest error {error:.1e}  {'ok' if error <= CEILING else 'WRONG'}")
+    print(f"{len(CASES)} passed, 0 failed" if good else "correctness gate failed")
+    return good
+
+
+def line(r: Result) -> str:
+    """One row of the table."""
+    sign = "<=" if r.at_most else ">="
+    state = "reached" if r.reached else "SHORT"
+    return (f"{r.row:>3}  {r.what:<58} {r.median:7.3g} {r.unit:<5} [{r.low:.3g}, {r.high:.3g}]  "
+            f"floor {sign} {r.floor:<5g} {state:<8} {r.note}")
+
+
+def table(names: list[str], rounds: int) -> list[Result]:
+    """Measures and prints row by row."""
+    bench = Bench(rounds)
+    results: list[Result] = []
+    try:
+        for name in names:
+            for result in ROWS[name](bench):
+                results.append(result)
+                print(line(result), flush=True)
+    finally:
+        bench.close()
+    return results
+
+
+def main() -> int:
+    """Exit code 1 when the gate fails; a row that is short is printed as short, and is not an error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="the correctness gate alone")
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated: {', '.join(ROWS)}")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=pathlib.Path)
+    args = parser.parse_args()
+    import sparseattn as sa
+
+    if not check():
+        return 1
+    if args.check:
+        return 0
+    names = [name for name in args.rows.split(",") if name]
+    if importlib.util.find_spec("torch") is None:
+        names = [name for name in names if not name.startswith("torch")]
+        print("rows against PyTorch are left out: torch is not installed")
+    print(sa.show_config())
+    idle = idle_share()
+    print(f"idle share of the CPUs before the run: {idle:.0%}" + ("  (below 93 %: figures are spoiled)" if idle < 0.93 else ""))
+    results = table(names, args.rounds)
+    if args.json:
+        data: dict[str, Any] = {"idle": idle, "rows": [asdict(r) | {"reached": r.reached} for r in results]}
+        args.json.write_text(json.dumps(data, indent=1))
+    short = [r for r in results if not r.reached]
+    print(f"{len(results) - len(short)} of {len(results)} rows reach their floor")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+/* rows.h - a second table beside sa_tile, per (ISA, real type): what the operators of a model do to one row.
+ * Sums are double for both real types; void stands for the table's real type. */
+#ifndef SA_ROWS_H
+#define SA_ROWS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef enum { SA_ACT_GELU_TANH = 0, SA_ACT_GELU, SA_ACT_SILU, SA_ACT_RELU } sa_activation;
+
+typedef struct {
+    /* y = act(x), times gate unless that is NULL; y may be x or gate */
+    void (*activate)(sa_activation act, void *y, const void *x, const void *gate, int64_t n);
+    /* y = (x - mean) / sqrt(mean((x - mean)^2) + eps) weight + bias, mean taken as 0 unless centred; weight, bias: NULL
+     * for 1, 0; y may be x */
+    void (*norm)(void *y, const void *x, const void *weight, const void *bias, int64_t n, double eps, bool centred);
+    /* The largest of n >= 1 entries; *at: where, the first of equals. With a NaN: NaN, and where the first NaN is. */
+    double (*peak)(const void *x, int64_t n, int64_t *at);
+    /* sum exp(x - top) */
+    double (*exp_sum)(const void *x, int64_t n, double top);
+    /* sums = { sum exp(x - x_top), sum exp(y - y_top), sum exp(x - x_top) ((x - x_top) - (y - y_top)) };
+     * an entry x = -inf adds 0 to the last, whatever y is */
+    void (*kl_sums)(const void *x, const void *y, int64_t n, double x_top, double y_top, double sums[3]);
+} sa_rows;
+
+/* Table of the instruction set in force; f64 selects double. */
+const sa_rows *sa_rows_for(bool f64);
+
+#endif

@@ -1,0 +1,42 @@
+/* selftest.c - the core without Python, for sanitizers and emulators: .ci/selftest.sh builds and runs it.
+ *
+ * A new kernel adds a file with one function sa_selftest_<name>, declared in check.h, and a line in
+ * the table. `selftest WORD` runs the functions whose name contains WORD.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "base/cpu.h"
+#include "base/ctx.h"
+#include "base/threads.h"
+#include "check.h"
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} tests[] = {
+    {"environment", sa_selftest_environment},
+    {"alloc", sa_selftest_alloc},
+    {"half", sa_selftest_half},
+    {"philox", sa_selftest_philox},
+    {"pool", sa_selftest_pool},
+    {"fork", sa_selftest_fork},
+};
+
+int
+main(int argc, char **argv)
+{
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        if (argc < 2 || strstr(tests[i].name, argv[1]) != NULL) {
+            sa_poison_set(true); /* a forgotten value is a NaN, pieces stand apart */
+            numbers_seed(i);
+            tests[i].run();
+            sa_scratch_trim();
+            check_case("%s leaves nothing behind", tests[i].name);
+            CHECK(sa_live_bytes() == 0, "%lld bytes are still held", (long long)sa_live_bytes());
+            CHECK(sa_breaches() == 0, "%lld red zones written over", (long long)sa_breaches());
+        }
+    }
+    printf("%s, ", sa_isa_name(sa_isa_now()));
+    return check_end();
+}
