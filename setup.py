@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -156,11 +156,6 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=sorted({*find_packages(include=["sparseattn", "sparseattn.*"]), "sparseattn.assets"}),
-    package_data={
-        "sparseattn": ["py.typed", "_core.pyi"],
-        "sparseattn.assets": ["*.json", "*.safetensors", "*.md"],
-    },
     ext_modules=[
         Extension(
             "sparseattn._core",

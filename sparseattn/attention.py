@@ -136,21 +136,33 @@ def run_pieces(
 def run_piece(
     piece: Piece, q: Array, k: Array, v: Array, problem: Problem, out: Array, lse: Array | None
 ) -> None:
-    """One piece over its own heads; with ``full_row`` its weights are those of the full row.
+    """One piece over its own heads; with ``full_row`` its weights are those of the full row."""
+    _core.attend(q, k, v, piece.core, problem, out, lse)
+    if piece.full_row and lse is not None:
+        with np.errstate(all="ignore"):
+            mass = kept_mass(piece, q, k, problem, lse)
+            np.multiply(out, mass[..., None], out=out)
 
-    P_post = P_pre * (kept mass), the kept mass being exp(lse_kept - lse_full) (algorithms 4.1).
+
+def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) -> Array:
+    """exp(lse_kept - lse_full) of each row, P_post / P_pre (algorithms 4.1); lse becomes the full one.
+
+    Both are taken relative to the lse given, so that large scores do not swallow the difference:
+    one more column of q and k subtracts it from every score. A soft-cap bounds scores by itself.
     """
-    if not piece.full_row or lse is None:
-        _core.attend(q, k, v, piece.core, problem, out, lse)
-        return
-    kept = np.empty(lse.shape, lse.dtype)
-    _core.attend(q, k, v, piece.core, problem, out, kept)
+    shift = np.zeros_like(lse)
+    if problem.softcap == 0:
+        np.copyto(shift, lse, where=np.isfinite(lse))
+        q = np.concatenate([q * q.dtype.type(problem.scale), -shift[..., None]], -1)
+        k = np.concatenate([k, np.ones_like(k[..., :1])], -1)
+        problem = problem._replace(scale=1.0)
     dense = _core.plan_build("dense", parse("dense"), None, q, k, problem)
-    ignored = np.empty((*lse.shape, 1), q.dtype)
-    _core.attend(q, k, v[..., :1], dense, problem, ignored, lse)
-    with np.errstate(invalid="ignore"):
-        mass = np.where(np.isneginf(lse), 0, np.exp(kept - lse)).astype(out.dtype)
-        np.multiply(out, mass[..., None], out=out)
+    nothing = np.broadcast_to(np.zeros(1, q.dtype), (*k.shape[:3], 1))
+    kept, full, ignored = np.empty_like(lse), np.empty_like(lse), np.empty((*lse.shape, 1), q.dtype)
+    _core.attend(q, k, nothing, piece.core, problem, ignored, kept)
+    _core.attend(q, k, nothing, dense, problem, ignored, full)
+    np.add(full, shift, out=lse)
+    return np.where(np.isneginf(full), full.dtype.type(0), np.exp(kept - full))
 
 
 def attention(

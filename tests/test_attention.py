@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,6 @@ from conftest import (
     full_row,
     make_params,
     make_qkv,
-    oracle,
     random_masks,
 )
 from hypothesis import given, settings
@@ -98,11 +98,35 @@ def test_attend_matches_reference(
     call = {"causal": causals(spec)[0], "params": make_params(spec, shape)}
     got = sa.attention(q, k, v, spec, return_lse=True, **call)
     assert got.out.dtype == got.lse.dtype == dtype
-    kept, full = expected_rows(spec, q, k, call)
-    want = ref.attention(q, k, v, kept, full=full, compute=oracle(dtype))
-    naive = ref.attention(q, k, v, kept, full=full, compute=dtype)
-    assert_no_worse(got.out, want[0], than=naive[0])
+    check_numbers(got, spec, q, k, v, call)
+
+
+_runs: dict[bytes, Any] = {}
+
+
+def reference_runs(*arrays: np.ndarray, **terms: Any) -> tuple[Any, Any]:
+    """The float64 and the float32 run; kept, since ISAs nearly always keep the same keys."""
+    parts = [*arrays, *(x for x in terms.values() if isinstance(x, np.ndarray))]
+    key = hashlib.sha256(b"".join(map(np.ndarray.tobytes, parts)) + str(terms).encode()).digest()
+    if len(_runs) > 100:
+        _runs.clear()
+    if key not in _runs:
+        _runs[key] = [ref.attention(*arrays, compute=t, **terms) for t in (np.float64, np.float32)]
+    want, naive = _runs[key]
+    return want, naive
+
+
+def check_numbers(
+    got: Any, spec: Variant, q: Any, k: Any, v: Any, call: dict[str, Any], **terms: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """out and lse against the float64 reference over the keys that the plan keeps."""
+    kept, full = expected_rows(spec, q, k, call, **terms)
+    want, naive = reference_runs(q, k, v, kept, full=full, **terms)
+    # Weights of the full row carry the rounding of two log-sum-exps that took different paths.
+    size = 0 if full is None else np.abs(ref.scores(q, k, **terms)).max() * np.abs(want[0]).max()
+    assert_no_worse(got.out, want[0], than=naive[0], plus=4 * np.finfo(q.dtype).eps * size)
     assert_no_worse(got.lse, want[1], than=naive[1])
+    return kept, full
 
 
 def expected_rows(
@@ -129,7 +153,7 @@ def test_scores_take_scale_softcap_bias_and_masks(spec: Variant, dtype: Any, n_q
     masks = random_masks(shape)
     call = {"causal": True, "params": make_params(spec, shape), **masks}
     got = sa.attention(q, k, v, spec, return_lse=True, return_weights=True, **call, **terms)
-    kept, full = expected_rows(spec, q, k, call, **terms)
+    kept, full = check_numbers(got, spec, q, k, v, call, **terms)
     check_kept(
         spec,
         kept,
@@ -139,10 +163,6 @@ def test_scores_take_scale_softcap_bias_and_masks(spec: Variant, dtype: Any, n_q
         k,
         {**call, **terms, "bias": bias[None]},
     )
-    want = ref.attention(q, k, v, kept, full=full, compute=oracle(dtype), **terms)
-    naive = ref.attention(q, k, v, kept, full=full, compute=dtype, **terms)
-    assert_no_worse(got.out, want[0], than=naive[0])
-    assert_no_worse(got.lse, want[1], than=naive[1])
     weights = ref.weights(q, k, kept, full=full, **terms)
     np.testing.assert_array_equal(got.weights != 0, weights != 0)
     np.testing.assert_allclose(got.weights, weights, rtol=0, atol=8 * np.finfo(dtype).eps)
@@ -615,7 +635,10 @@ def test_forward_on_random_shapes(data: st.DataObject) -> None:
     shape = fit(spec, shape)
     dtype = data.draw(st.sampled_from(DTYPES))
     q, k, v = make_qkv(shape, dtype, seed=18, strided=data.draw(st.booleans()))
-    call: dict[str, Any] = {"causal": causal, "params": make_params(spec, shape) if all(shape) else None}
+    call: dict[str, Any] = {
+        "causal": causal,
+        "params": make_params(spec, shape) if all(shape) else None,
+    }
     if spec.arrays and not all(shape):
         return
     if all(shape) and data.draw(st.booleans()):

@@ -4,19 +4,291 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny_models import write_gpt2, write_llama
+from tiny_models import LLAMA_CONFIG, llama_weights, save_folder
 
 import sparseattn as sa
-from sparseattn.cli import main
+from sparseattn.cli import make_parser
 
 VERBS = ("compare", "eval", "info", "version")
 COMMAND = [sys.executable, "-m", "sparseattn"]
+ENV = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(sa.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    ),
+    "COLUMNS": "120",
+}
+LETTERS = "abcdefghijklmnopqrstuvwxyz \n"
+
+
+def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env=ENV, timeout=100, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA that reads letters."""
+    from tokenizers import Tokenizer, models
+
+    made = save_folder(tmp_path_factory.mktemp("model"), LLAMA_CONFIG, llama_weights(LLAMA_CONFIG))
+    vocab = {c: i + 2 for i, c in enumerate(LETTERS)}
+    Tokenizer(models.BPE(vocab=vocab, merges=[])).save(str(made / "tokenizer.json"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    letters = np.random.default_rng(0).choice(list(LETTERS), 600)
+    path.write_text("".join(letters), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def quick(folder: Path, text: Path) -> list[object]:
+    """A comparison of a second."""
+    return ["compare", "--model", folder, "--text", text, "--attention", "window:5",
+            "--attention", "topk:4", "--time-budget", "0.3", "--lengths", "64,128"]  # fmt: skip
+
+
+# ---- what is printed ---------------------------------------------------------------------------
+
+
+def test_compare_prints_one_table_and_no_bar(quick):
+    done = cli(*quick)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[5:8]] == ["dense", "window:5", "topk:4"]
+    for word in ("Δnll", "KL", "top-1", "ppl", "kept %", "K %", "V %", "tokens/s",
+                 "wins from", "peak MiB", "128", "trust", "act", "checksum"):  # fmt: skip
+        assert word in done.stdout
+    assert all(len(line) <= 120 for line in lines)
+    assert "\r" not in done.stdout and "\x1b" not in done.stdout
+
+
+def test_json_is_the_saved_result(quick, tmp_path):
+    done = cli(*quick, "--json", "--save", tmp_path / "out", "--budgets", "0.5,0.2", "--seeds", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert json.loads(done.stdout)["evaluation"]["seeds"] == 2
+
+
+def test_eval_prints_perplexity(folder, text, tmp_path):
+    arguments = ["eval", "--model", folder, "--text", text, "--attention", "topk:4"]
+    done = cli(*arguments, "--stride", "24", "--save", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"perplexity [\d.]+, loss [\d.±]+ nats a token, with topk:4\n", done.stdout)
+    assert "599 predictions in 24 blocks of 48, stride 24" in done.stdout
+    saved = json.loads((tmp_path / "out" / "eval.json").read_text())
+    again = json.loads(cli(*arguments, "--stride", "24", "--json").stdout)
+    assert saved["nll"] == again["nll"] and saved["value"] == again["value"]
+
+
+def test_random_weights_need_a_config_only(tmp_path, text, folder):
+    bare = save_folder(tmp_path / "bare", LLAMA_CONFIG)
+    arguments = ["eval", "--model", bare, "--text", text, "--random-weights", "3"]
+    done = cli(*arguments, "--tokenizer", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "random weights (seed 3)" in found["evaluation"]["model"]
+    assert found["value"] == pytest.approx(61, rel=0.2)  # knows nothing: about its vocabulary
+
+
+def test_info_and_version():
+    done = cli("info", "--threads", "1")
+    assert done.returncode == 0
+    for word in ("sparseattn", "threads     1", "isa", "blas", "numpy", "topk", "window:64"):
+        assert word in done.stdout
+    found = json.loads(cli("info", "--json").stdout)
+    assert {s.name for s in sa.specs()} == set(found["variants"])
+    assert cli("version").stdout.strip() == sa.__version__ == cli("--version").stdout.split()[1]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_has_an_example_that_parses(verb):
+    done = cli(verb, "--help")
+    assert done.returncode == 0
+    for option in ("--json", "--seed", "--threads", "--save"):
+        assert option in done.stdout
+    _, _, epilog = done.stdout.partition("example")
+    joined = epilog.partition("\n\n")[0].replace("\\\n", " ")
+    examples = [line.strip() for line in joined.splitlines() if line.startswith("  sparseattn")]
+    assert examples
+    for example in examples:
+        options = make_parser().parse_args(shlex.split(example)[1:])
+        assert options.verb == verb
+
+
+def test_verbs_that_do_not_exist_are_not_listed():
+    listed = re.findall(r"^    (\w+) ", cli("--help").stdout, re.M)
+    assert tuple(listed) == VERBS
+
+
+# ---- wrong input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "VERB"),
+        (["compar"], "compar"),
+        (["compare", "--nonsense"], "--nonsense"),
+        (["compare", "--tokens", "many"], "many"),
+        (["compare", "--budgets", "a,b"], "a,b"),
+        (["compare", "--budgets", "1.5"], "1.5"),
+        (["compare", "--attention", "windw:64"], "window"),
+        (["compare", "--attention", "topk:0"], "0"),
+        (["compare", "--attention", "window:0"], "0"),
+        (["compare", "--attention", "blockmask:64"], "layout"),
+        (["compare", "--model", "/no/such/folder"], "/no/such/folder"),
+        (["compare", "--text", "no-such-text.txt"], "no-such-text.txt"),
+        (["compare", "--seeds", "0"], "seeds"),
+        (["compare", "--threads", "0"], "0"),
+        (["compare", "--context", "100000"], "context"),
+        (["compare", "--lengths", "1"], "lengths"),
+        (["compare", "--save", "{text}"], "is a file"),
+        (["compare", "--save", "{text}/below"], "is a file"),
+        (["compare", "--model", "{folder}", "--text", "{short}"], "too short"),
+        (["compare", "--model", "{folder}", "--text", "{binary}"], "not UTF-8"),
+        (["eval", "--model", "{bare}"], "model.safetensors"),
+        (["eval", "--model", "{bare}", "--random-weights", "0"], "no tokenizer"),
+        (["eval", "--attention", "dense,topk:4"], "compare"),
+        (["info", "--save", "{text}"], "is a file"),
+    ],
+    ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "",
+)
+def test_wrong_input_is_one_sentence_and_exit_2(arguments, words, folder, text, tmp_path):
+    names = {"folder": folder, "text": text, "short": tmp_path / "s", "binary": tmp_path / "b"}
+    (tmp_path / "s").write_text("a short text")
+    (tmp_path / "b").write_bytes(b"\x80\xff" * 100)
+    names["bare"] = save_folder(tmp_path / "bare", LLAMA_CONFIG)
+    before = sorted(tmp_path.rglob("*"))
+    done = cli(*(a.format(**names) for a in arguments), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("sparseattn")
+    assert words in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_another_run_is_refused(quick, tmp_path):
+    assert cli(*quick, "--save", tmp_path).returncode == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    done = cli(*quick, "--save", tmp_path, "--tokens", "300")
+    assert done.returncode == 2 and "another run" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+# ---- pipes, terminals, interrupts --------------------------------------------------------------
+
+
+def test_a_reader_that_leaves_is_harmless(quick):
+    with subprocess.Popen(
+        [*COMMAND, *map(str, quick)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+    ) as child:
+        child.stdout.close()
+        err = child.stderr.read()
+    assert (child.returncode, err) == (0, b"")
+
+
+def test_an_ascii_terminal_gets_a_table_too(quick):
+    env = {**ENV, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*COMMAND, *map(str, quick)], capture_output=True, env=env, timeout=60)
+    assert done.returncode == 0 and b"topk:4" in done.stdout
+
+
+def test_a_terminal_gets_a_bar(quick):
+    main, terminal = pty.openpty()  # both ends stay open here: what is unread must not be lost
+    termios.tcsetwinsize(terminal, (24, 100))
+    os.set_blocking(main, False)
+    done = subprocess.run([*COMMAND, *map(str, quick)], stdout=subprocess.PIPE, stderr=terminal,
+                          env=ENV, timeout=60)  # fmt: skip
+    shown = os.read(main, 1 << 16)
+    os.close(terminal)
+    os.close(main)
+    assert done.returncode == 0
+    assert b"%|" in shown and b"%|" not in done.stdout
+
+
+def start(arguments: list[object]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=ENV,
+    )
+
+
+def wait_for(path: Path, word: bytes, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many records of the run hold the word."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(word) >= count:
+            return
+        time.sleep(0.005)
+    raise AssertionError("the run ended before it could be interrupted")
+
+
+def test_ctrl_c_keeps_finished_rows_and_the_same_command_goes_on(tmp_path):
+    arguments = ["compare", "--attention", "window:64", "--attention", "topk:16", "--tokens",
+                 "4000", "--time-budget", "0", "--save", tmp_path / "out"]  # fmt: skip
+    path = tmp_path / "out" / "compare.jsonl"
+    with start(arguments) as child:
+        wait_for(path, b'"block|', 9, child)  # dense has eight blocks
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "dense" in out and "Traceback" not in err
+    assert "run the same command again" in err and err.count("\n") == 1
+    kept = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert kept["rows"] and not kept["complete"]
+    records = path.read_bytes().count(b'"block|')
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    whole = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert whole["complete"] and whole["rows"][: len(kept["rows"])] == kept["rows"]
+    assert path.read_bytes().count(b'"block|') == 24 > records
+    clean = json.loads(cli(*arguments[:-2], "--json").stdout)
+    for a, b in zip(whole["rows"], clean["rows"], strict=True):
+        assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
+
+
+@pytest.mark.promise("C4")
+def test_ctrl_c_stops_at_once_at_any_moment(tmp_path):
+    """While scoring, in the reference, and in timing from short to long lengths."""
+    waits = []
+    moments = [(b'"block|', 1), (b'"block|', 9), (b'"reference"', 1), (b'"length|', 1),
+               (b'"length|', 4)]  # fmt: skip
+    for i, (word, count) in enumerate(moments):
+        with start(["compare", "--tokens", "2000", "--save", tmp_path / str(i)]) as child:
+            wait_for(tmp_path / str(i) / "compare.jsonl", word, count, child)
+            time.sleep(0.01 * i)
+            begin = time.monotonic()
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=60)
+            waits.append(time.monotonic() - begin)
+        assert child.returncode == 130, err
+        assert "Traceback" not in err
+    assert statistics.median(waits) < 0.2, waits
+    assert max(waits) < 0.5, waits  # what a busy machine adds

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from conftest import requires, shared_path
 from reference import models as reference
-from tiny_models import GPT2_CONFIG, gpt2_weights, rounded, save_folder
+from tiny_models import (
+    GPT2_CONFIG,
+    assert_trained_parity,
+    gpt2_weights,
+    rounded,
+    save_folder,
+)
 
 from sparseattn.models import Model
 
@@ -165,16 +171,7 @@ def test_gpt_nano_sort_sorts_all_inputs() -> None:
 @pytest.mark.promise("A3")
 @pytest.mark.parametrize("name", ["capp-gpt", "gpt-nano-sort"])
 def test_trained_logits_match_transformers(name: str) -> None:
-    torch, transformers = requires("torch"), requires("transformers")
-    folder = shared_path(f"models/{name}")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-    model = Model.from_pretrained(folder)
-    ids = np.random.default_rng(0).integers(
-        0, model.config.vocab_size, (2, min(300, model.config.context))
-    )
-    with torch.no_grad():
-        want = theirs(torch.from_numpy(ids)).logits.numpy()
-    assert np.abs(model(ids) - want).max() <= TOLERANCE
+    assert_trained_parity(shared_path(f"models/{name}"), reference.gpt2)
 
 
 def test_capp_gpt_matches_reference() -> None:

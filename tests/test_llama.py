@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 from conftest import requires, shared_path
 from reference import models as reference
-from tiny_models import LLAMA_CONFIG, llama_weights, rounded, save_folder
+from tiny_models import (
+    LLAMA_CONFIG,
+    assert_trained_parity,
+    llama_weights,
+    rounded,
+    save_folder,
+)
 
 from sparseattn import _core
 from sparseattn.models import Model
@@ -130,6 +136,11 @@ def test_logits_match_transformers(changes: dict[str, Any], dtype: str, tmp_path
 
 
 # ---- stories260K ----------------------------------------------------------------------------
+
+
+@pytest.mark.promise("A3")
+def test_stories_match_transformers() -> None:
+    assert_trained_parity(shared_path("models/stories260K"), reference.llama)
 
 
 def test_stories_match_reference() -> None:

@@ -14,7 +14,7 @@ from tiny_models import GPT2_CONFIG, LLAMA_CONFIG, gpt2_weights, llama_weights, 
 
 import sparseattn as sa
 from sparseattn import _core
-from sparseattn.errors import ArgumentError, DtypeError
+from sparseattn.errors import ArgumentError, DtypeError, FileError
 from sparseattn.models import Model, common
 from sparseattn.models.model import FAMILIES
 from sparseattn.variants.base import Variant
@@ -274,7 +274,9 @@ def test_a_tokenizer_from_elsewhere(model: Model, tmp_path: Path) -> None:
 
     assert model.tokenizer is None and model.folder is not None
     other = Model.from_pretrained(model.folder, tokenizer=save_pair(tmp_path / "tokenizer"))
-    assert other.tokenizer is not None and other.tokenizer.decode([66]) == "c"
+    assert other.tokenizer is not None and other.tokenizer.decode([66]) == "B"
+    with pytest.raises(FileError, match=r"has neither tokenizer\.json nor vocab\.json with merges"):
+        Model.from_pretrained(model.folder, tokenizer=model.folder)
 
 
 def test_repr_names_the_shape(model: Model, family: str) -> None:

@@ -17,7 +17,6 @@ from sparseattn.evaluation.scores import Scorer
 from sparseattn.evaluation.text import SEPARATOR, cut_blocks, load_text
 from sparseattn.variants import Dense, RandomKeys, TopK, Window
 
-
 # ---- blocks ------------------------------------------------------------------------------------
 
 
@@ -180,8 +179,7 @@ def test_perplexity_counts_and_stride():
     for stride in (64, 10):
         got = perplexity(model, ids, "window:5", tokens=None, context=64, stride=stride)
         losses = [
-            brute_force(model, ids, block, "window:5")[0]
-            for block in cut_blocks(150, 64, stride)
+            brute_force(model, ids, block, "window:5")[0] for block in cut_blocks(150, 64, stride)
         ]
         assert got.nll.value == pytest.approx(np.concatenate(losses).mean(), rel=1e-6)
         assert got.evaluation["predictions"] == 149

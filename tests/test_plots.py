@@ -71,7 +71,10 @@ def test_svg_is_vector_text_and_the_same_bytes(data):
 def test_a_notebook_shows_it_without_pyplot(data):
     figure = plots.quality_cost(data)
     assert figure._repr_svg_().lstrip().startswith("<?xml")
-    assert "matplotlib.pyplot" not in sys.modules or sys.modules["matplotlib.pyplot"].get_fignums() == []
+    assert (
+        "matplotlib.pyplot" not in sys.modules
+        or sys.modules["matplotlib.pyplot"].get_fignums() == []
+    )
 
 
 def test_a_result_plots_and_a_run_saves(tmp_path):

@@ -12,6 +12,7 @@
 #include "base/threads.h"
 #include "engine/blas.h"
 #include "engine/gemm.h"
+#include "tile/rows.h"
 #include "tile/tile.h"
 
 enum {
@@ -20,6 +21,7 @@ enum {
     ROWS = 512,      /* of a block at most: what packing b is spread over                     */
     ROWS_NEAR = 192, /* rows of a that stay near while the panels pass                        */
     ROWS_READ = 16,  /* rows of b that are packed side by side                                */
+    ROWS_FEW = 3,
     TASKS_WANTED = 8,
 };
 #define FLOPS_WANTED 2e6 /* a task of less is not cut further: about ten dispatches */
@@ -145,6 +147,22 @@ tile_scratch(const sa_tile *tile)
     return (size_t)COLUMNS * DEPTH + (size_t)tile->strip_max * (DEPTH + ROWS_NEAR);
 }
 
+/* Few rows: packing b would take longer than the product. Same bits. */
+static sa_status
+few_rows(const gemm_job *job, block c)
+{
+    const sa_gemm_args *const g = job->g;
+    const sa_rows *const rows = sa_rows_for(g->dtype == SA_F64);
+    start_block(job, c);
+    for (int64_t t0 = 0; t0 < g->k; t0 += DEPTH) {
+        for (int64_t i = c.i0; i < c.i1; i++) {
+            rows->times(c_at(job, i, c.j0), a_at(job, i, t0), b_at(job, t0, c.j0), g->ldb,
+                        c.j1 - c.j0, SA_MIN(g->k - t0, DEPTH));
+        }
+    }
+    return SA_OK;
+}
+
 static sa_status
 tile_block(sa_ctx *ctx, const gemm_job *job, block c, sa_arena *scratch)
 {
@@ -219,7 +237,11 @@ run_block(sa_ctx *ctx, void *arg, int64_t task, int worker)
     const int64_t j0 = task / job->row_blocks * job->columns;
     const block c = {i0, SA_MIN(i0 + job->rows, g->m), j0, SA_MIN(j0 + job->columns, g->n)};
     sa_arena_reset(scratch);
-    return job->blas != NULL ? blas_block(job, c, scratch) : tile_block(ctx, job, c, scratch);
+    if (job->blas != NULL) {
+        return blas_block(job, c, scratch);
+    }
+    const bool few = g->m <= ROWS_FEW && !g->b_transposed && !is_widened(g);
+    return few ? few_rows(job, c) : tile_block(ctx, job, c, scratch);
 }
 
 /* Blocks by shape alone: narrower first, which packs no column of b twice, then shorter ones. */

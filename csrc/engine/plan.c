@@ -30,7 +30,8 @@ int64_t
 sa_plan_bytes(const sa_plan *plan)
 {
     const int64_t slots = plan->n_maps * plan->n_blocks;
-    const int64_t rows = plan->see_maps * plan->n_q + (plan->band_lo ? plan->band_maps * plan->n_q : 0);
+    const int64_t rows =
+        plan->see_maps * plan->n_q + (plan->band_lo ? plan->band_maps * plan->n_q : 0);
     const int64_t spans = plan->n_spans * (plan->len ? 2 : 1);
     return (int64_t)sizeof *plan + (3 * slots + 1) * (int64_t)sizeof(int64_t) +
            (plan->n_blocks + spans + 2 * rows) * (int64_t)sizeof(int32_t);
@@ -39,14 +40,16 @@ sa_plan_bytes(const sa_plan *plan)
 sa_status
 sa_plan_fits(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p)
 {
-    if (plan->batch == p->batch && plan->heads == p->heads && plan->n_q == p->n_q && plan->n_k == p->n_k) {
+    if (plan->batch == p->batch && plan->heads == p->heads && plan->n_q == p->n_q &&
+        plan->n_k == p->n_k) {
         return SA_OK;
     }
     return sa_fail(ctx, SA_EINVAL,
-                   "the plan is for (batch, heads, n_q, n_k) = (%lld, %lld, %lld, %lld), got (%lld, %lld, %lld, %lld); "
+                   "the plan is for (batch, heads, n_q, n_k) = (%lld, %lld, %lld, %lld), got "
+                   "(%lld, %lld, %lld, %lld); "
                    "make one for these sizes",
-                   (ll)plan->batch, (ll)plan->heads, (ll)plan->n_q, (ll)plan->n_k, (ll)p->batch, (ll)p->heads,
-                   (ll)p->n_q, (ll)p->n_k);
+                   (ll)plan->batch, (ll)plan->heads, (ll)plan->n_q, (ll)plan->n_k, (ll)p->batch,
+                   (ll)p->heads, (ll)p->n_q, (ll)p->n_k);
 }
 
 sa_status
@@ -61,7 +64,8 @@ sa_plan_new(sa_ctx *ctx, const sa_plan *sizes, sa_plan **result)
     plan->n_maps = (plan->per_batch ? plan->batch : 1) * (plan->heads / plan->heads_per_map);
     size_t slots = 0;
     const bool sane = sa_mul((size_t)plan->n_maps, (size_t)plan->n_blocks, &slots);
-    const size_t see = (size_t)(plan->see_maps * plan->n_q), band = (size_t)(plan->band_maps * plan->n_q);
+    const size_t see = (size_t)(plan->see_maps * plan->n_q),
+                 band = (size_t)(plan->band_maps * plan->n_q);
     plan->row_start = sa_malloc_array((size_t)plan->n_blocks, sizeof *plan->row_start);
     plan->row_ptr = sane ? sa_malloc_array(slots + 1, sizeof *plan->row_ptr) : NULL;
     plan->see_ptr = sane ? sa_malloc_array(slots, sizeof *plan->see_ptr) : NULL;
@@ -72,8 +76,8 @@ sa_plan_new(sa_ctx *ctx, const sa_plan *sizes, sa_plan **result)
     plan->band_hi = band ? sa_malloc_array(band, sizeof *plan->band_hi) : NULL;
     plan->start = plan->len = NULL;
     plan->n_spans = 0;
-    if (!plan->row_start || !plan->row_ptr || !plan->see_ptr || !plan->band_ptr || !plan->see_lo || !plan->see_hi ||
-        (band && (!plan->band_lo || !plan->band_hi))) {
+    if (!plan->row_start || !plan->row_ptr || !plan->see_ptr || !plan->band_ptr || !plan->see_lo ||
+        !plan->see_hi || (band && (!plan->band_lo || !plan->band_hi))) {
         sa_plan_free(plan);
         return sa_fail(ctx, SA_ENOMEM, "no memory for a plan of %lld rows", (ll)sizes->n_q);
     }
@@ -87,14 +91,18 @@ sa_plan_new(sa_ctx *ctx, const sa_plan *sizes, sa_plan **result)
 static sa_status
 refuse(sa_ctx *ctx, const char *what)
 {
-    return sa_fail(ctx, SA_EINVAL, "the plan is not valid: %s; build it with plan() or give what Plan.arrays() gave", what);
+    return sa_fail(
+        ctx, SA_EINVAL,
+        "the plan is not valid: %s; build it with plan() or give what Plan.arrays() gave", what);
 }
 
 static sa_status
 refuse_at(sa_ctx *ctx, const char *what, int64_t at)
 {
-    return sa_fail(ctx, SA_EINVAL, "the plan is not valid: %s at %lld; build it with plan() or give what Plan.arrays() gave",
-                   what, (ll)at);
+    return sa_fail(
+        ctx, SA_EINVAL,
+        "the plan is not valid: %s at %lld; build it with plan() or give what Plan.arrays() gave",
+        what, (ll)at);
 }
 
 static sa_status
@@ -103,29 +111,34 @@ check_scalars(sa_ctx *ctx, const sa_plan *plan)
     if (plan->n_q < 0 || plan->n_q > SA_MAX_KEYS || plan->n_k < 0 || plan->n_k > SA_MAX_KEYS) {
         return refuse(ctx, "n_q and n_k must be in [0, 2^30]");
     }
-    if (plan->batch < 0 || plan->heads < 1 || plan->heads_per_map < 1 || plan->heads % plan->heads_per_map != 0) {
+    if (plan->batch < 0 || plan->heads < 1 || plan->heads_per_map < 1 ||
+        plan->heads % plan->heads_per_map != 0) {
         return refuse(ctx, "heads_per_map must divide heads");
     }
     size_t maps, pairs;
-    if (!sa_mul(plan->per_batch ? (size_t)plan->batch : 1, (size_t)(plan->heads / plan->heads_per_map), &maps) ||
+    if (!sa_mul(plan->per_batch ? (size_t)plan->batch : 1,
+                (size_t)(plan->heads / plan->heads_per_map), &maps) ||
         maps > INT64_MAX || plan->n_maps != (int64_t)maps) {
-        return refuse(ctx, "n_maps must be heads / heads_per_map, times batch where per_batch is set");
+        return refuse(ctx,
+                      "n_maps must be heads / heads_per_map, times batch where per_batch is set");
     }
     if (!sa_mul((size_t)SA_MAX(plan->batch, 1), (size_t)plan->heads, &pairs) ||
-        !sa_mul(pairs, (size_t)SA_MAX(plan->n_q, 1), &pairs) || !sa_mul(pairs, (size_t)SA_MAX(plan->n_k, 1), &pairs) ||
-        pairs > INT64_MAX / 8) {
+        !sa_mul(pairs, (size_t)SA_MAX(plan->n_q, 1), &pairs) ||
+        !sa_mul(pairs, (size_t)SA_MAX(plan->n_k, 1), &pairs) || pairs > INT64_MAX / 8) {
         return refuse(ctx, "batch, heads, n_q and n_k are too large together");
     }
-    if (plan->rows_per_block < 1 ||
-        plan->n_blocks != plan->n_q / plan->rows_per_block + (plan->n_q % plan->rows_per_block != 0)) {
+    if (plan->rows_per_block < 1 || plan->n_blocks != plan->n_q / plan->rows_per_block +
+                                                          (plan->n_q % plan->rows_per_block != 0)) {
         return refuse(ctx, "n_blocks must be n_q / rows_per_block, rounded up");
     }
-    if ((plan->see_maps != 1 && plan->see_maps != plan->batch) || plan->see_maps < 1 || plan->see_lo == NULL || plan->see_hi == NULL) {
+    if ((plan->see_maps != 1 && plan->see_maps != plan->batch) || plan->see_maps < 1 ||
+        plan->see_lo == NULL || plan->see_hi == NULL) {
         return refuse(ctx, "see_maps must be 1 or batch, and see_lo and see_hi must be there");
     }
     if ((plan->band_lo == NULL) != (plan->band_hi == NULL) ||
         (plan->band_lo != NULL && plan->band_maps != 1 && plan->band_maps != plan->n_maps)) {
-        return refuse(ctx, "band_maps must be 1 or n_maps, with both band_lo and band_hi or neither");
+        return refuse(ctx,
+                      "band_maps must be 1 or n_maps, with both band_lo and band_hi or neither");
     }
     if (plan->n_spans < 0 || (plan->len == NULL && plan->span_len < 1)) {
         return refuse(ctx, "spans need lengths or a span_len of at least 1");
@@ -134,7 +147,8 @@ check_scalars(sa_ctx *ctx, const sa_plan *plan)
 }
 
 static sa_status
-check_intervals(sa_ctx *ctx, const char *what, const int32_t *lo, const int32_t *hi, int64_t count, int64_t n_k)
+check_intervals(sa_ctx *ctx, const char *what, const int32_t *lo, const int32_t *hi, int64_t count,
+                int64_t n_k)
 {
     for (int64_t i = 0; i < count; i++) {
         if (lo[i] < 0 || lo[i] > hi[i] || hi[i] > n_k) {
@@ -150,7 +164,8 @@ check_pointers(sa_ctx *ctx, const sa_plan *plan)
     const int64_t slots = plan->n_maps * plan->n_blocks;
     for (int64_t b = 0; b < plan->n_blocks; b++) {
         if (plan->row_start[b] != b * plan->rows_per_block) {
-            return refuse_at(ctx, "row_start must count up by rows_per_block from 0; it does not", b);
+            return refuse_at(ctx, "row_start must count up by rows_per_block from 0; it does not",
+                             b);
         }
     }
     if (plan->row_ptr[0] != 0 || plan->row_ptr[slots] != plan->n_spans) {
@@ -175,7 +190,8 @@ common_sight(const sa_plan *plan, int64_t m, int64_t block, int64_t *lo, int64_t
     const int64_t maps = plan->heads / plan->heads_per_map;
     const int64_t batch = plan->per_batch && plan->see_maps > 1 ? m / maps : 0;
     const int64_t last = plan->per_batch && plan->see_maps > 1 ? batch + 1 : plan->see_maps;
-    const int64_t begin = plan->row_start[block], end = SA_MIN(begin + plan->rows_per_block, plan->n_q);
+    const int64_t begin = plan->row_start[block],
+                  end = SA_MIN(begin + plan->rows_per_block, plan->n_q);
     *lo = 0;
     *hi = plan->n_k;
     for (int64_t b = batch; b < last; b++) {
@@ -186,8 +202,8 @@ common_sight(const sa_plan *plan, int64_t m, int64_t block, int64_t *lo, int64_t
     }
 }
 
-/* The spans of one row block: in range, full ones seen by all rows, and disjoint, which a merge of the three
- * ascending lists shows. */
+/* The spans of one row block: in range, full ones seen by all rows, and disjoint, which a merge of
+ * the three ascending lists shows. */
 static sa_status
 check_block(sa_ctx *ctx, const sa_plan *plan, int64_t slot, int64_t lo, int64_t hi)
 {
@@ -219,7 +235,8 @@ check_block(sa_ctx *ctx, const sa_plan *plan, int64_t slot, int64_t lo, int64_t 
             return refuse_at(ctx, "a key stands in two spans of a row block,", s);
         }
         if (kind == SA_SPAN_FULL && (start < lo || stop > hi)) {
-            return refuse_at(ctx, "a full span holds keys that some row of its block may not see,", s);
+            return refuse_at(ctx, "a full span holds keys that some row of its block may not see,",
+                             s);
         }
         covered = kind_covered[kind] = stop;
     }
@@ -232,11 +249,13 @@ sa_plan_validate(sa_ctx *ctx, const sa_plan *plan)
     if (status != SA_OK) {
         return status;
     }
-    status = check_intervals(ctx, "see_lo and see_hi must satisfy 0 <= lo <= hi <= n_k; they do not", plan->see_lo,
-                             plan->see_hi, plan->see_maps * plan->n_q, plan->n_k);
+    status =
+        check_intervals(ctx, "see_lo and see_hi must satisfy 0 <= lo <= hi <= n_k; they do not",
+                        plan->see_lo, plan->see_hi, plan->see_maps * plan->n_q, plan->n_k);
     if (status == SA_OK && plan->band_lo != NULL) {
-        status = check_intervals(ctx, "band_lo and band_hi must satisfy 0 <= lo <= hi <= n_k; they do not", plan->band_lo,
-                                 plan->band_hi, plan->band_maps * plan->n_q, plan->n_k);
+        status = check_intervals(
+            ctx, "band_lo and band_hi must satisfy 0 <= lo <= hi <= n_k; they do not",
+            plan->band_lo, plan->band_hi, plan->band_maps * plan->n_q, plan->n_k);
     }
     status = status ? status : check_pointers(ctx, plan);
     for (int64_t slot = 0; status == SA_OK && slot < plan->n_maps * plan->n_blocks; slot++) {

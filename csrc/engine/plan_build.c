@@ -1,4 +1,4 @@
-/* plan_build.c - the driver: every task appends spans to a list of its own, then the lists are joined in order. */
+/* plan_build.c - the driver: every task fills a list of spans, then the lists join in order. */
 #include <assert.h>
 #include <string.h>
 
@@ -6,10 +6,10 @@
 #include "engine/plan_parts.h"
 
 enum {
-    GRID = 64,            /* keys: masks are looked at, and full spans end, at multiples of it        */
-    SELECTOR_ROWS = 64,   /* rows of a task that computes scores                                      */
-    MASKED_ROWS = 128,    /* ... that reads masks                                                     */
-    PATTERN_ROWS = 4096   /* ... that reads nothing                                                   */
+    GRID = 64,          /* keys: where masks are looked at, what full spans are multiples of */
+    SELECTOR_ROWS = 64, /* rows of a task that computes scores                               */
+    MASKED_ROWS = 128,  /* ... that reads masks                                              */
+    PATTERN_ROWS = 4096 /* ... that reads nothing                                            */
 };
 
 /* Spans in the order of emission. len NULL: all have the plan's span_len. */
@@ -95,7 +95,8 @@ push(sa_spans *spans, sa_span_kind kind, int64_t start, int64_t end)
     return status;
 }
 
-/* Moves the spans of the block under way to the task's list; its pointers count from there until the lists join. */
+/* Moves the spans of the block under way to the task's list; its pointers count from there until
+ * the lists join. */
 static sa_status
 close_block(sa_spans *spans)
 {
@@ -166,7 +167,8 @@ sa_spans_add(sa_spans *spans, sa_span_kind kind, int64_t start, int64_t end)
     }
     while (start < end) {
         const int64_t stop = SA_MIN(end, (start / GRID + 1) * GRID);
-        const sa_block_state state = sa_mask_block(spans->task, &spans->block, kind == SA_SPAN_BAND, start, stop);
+        const sa_block_state state =
+            sa_mask_block(spans->task, &spans->block, kind == SA_SPAN_BAND, start, stop);
         sa_span_kind as = kind;
         if (state == SA_BLOCK_MIXED) {
             spans->result->mixed = true;
@@ -244,7 +246,8 @@ emit_task(sa_ctx *ctx, void *arg, int64_t index, int worker)
     const int64_t map = index / f->chunks, begin = index % f->chunks * f->job->rows;
     const int64_t maps = plan->heads / plan->heads_per_map; /* of a batch entry */
     const int64_t batch = plan->per_batch ? map / maps : 0;
-    const int64_t see = plan->see_maps > 1 ? batch * plan->n_q : 0, band = plan->band_maps > 1 ? map * plan->n_q : 0;
+    const int64_t see = plan->see_maps > 1 ? batch * plan->n_q : 0,
+                  band = plan->band_maps > 1 ? map * plan->n_q : 0;
     const sa_plan_task task = {
         .ctx = ctx,
         .worker = worker,
@@ -261,7 +264,8 @@ emit_task(sa_ctx *ctx, void *arg, int64_t index, int worker)
         .band_lo = plan->band_lo ? plan->band_lo + band : NULL,
         .band_hi = plan->band_hi ? plan->band_hi + band : NULL,
     };
-    sa_spans spans = {.f = f, .task = &task, .result = &f->tasks[index], .slot = first_slot(f, index)};
+    sa_spans spans = {
+        .f = f, .task = &task, .result = &f->tasks[index], .slot = first_slot(f, index)};
     if (f->job->scratch > 0) {
         sa_arena_reset(sa_scratch(ctx, worker));
     }
@@ -270,7 +274,8 @@ emit_task(sa_ctx *ctx, void *arg, int64_t index, int worker)
     for (int x = 0; x < 3; x++) {
         list_free(&spans.kind[x]);
     }
-    const int64_t rows = task.end - task.begin, blocks = (rows + plan->rows_per_block - 1) / plan->rows_per_block;
+    const int64_t rows = task.end - task.begin,
+                  blocks = (rows + plan->rows_per_block - 1) / plan->rows_per_block;
     if (status == SA_OK && spans.slot != first_slot(f, index) + blocks) {
         return sa_fail(ctx, SA_EINTERNAL, "a planner left out row blocks");
     }
@@ -331,7 +336,8 @@ sa_plan_fill(sa_ctx *ctx, sa_plan *plan, const sa_plan_job *job)
     assert(job->rows % plan->rows_per_block == 0);
     f.tasks = sa_malloc_array((size_t)n_tasks, sizeof *f.tasks);
     if (f.tasks == NULL) {
-        return sa_fail(ctx, SA_ENOMEM, "no memory for the %lld parts of a plan", (long long)n_tasks);
+        return sa_fail(ctx, SA_ENOMEM, "no memory for the %lld parts of a plan",
+                       (long long)n_tasks);
     }
     memset(f.tasks, 0, (size_t)n_tasks * sizeof *f.tasks);
     sa_status status = job->scratch > 0 ? sa_scratch_reserve(ctx, job->scratch) : SA_OK;
@@ -346,7 +352,8 @@ sa_plan_fill(sa_ctx *ctx, sa_plan *plan, const sa_plan_job *job)
 
 /* Which heads and batches share a map, how many rows share a list. */
 static sa_plan
-sizes_of(const sa_problem *p, const sa_planner *planner, const void *opts, const sa_sight *sight, bool filtered)
+sizes_of(const sa_problem *p, const sa_planner *planner, const void *opts, const sa_sight *sight,
+         bool filtered)
 {
     const bool addressed = planner->reads != 0 || planner->per_head;
     const bool mask = filtered && sight->mask, keys = filtered && sight->key_mask;
@@ -371,13 +378,16 @@ sizes_of(const sa_problem *p, const sa_planner *planner, const void *opts, const
 }
 
 static sa_status
-build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const void *opts, const sa_sight *sight,
-      sa_plan **result)
+build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const void *opts,
+      const sa_sight *sight, sa_plan **result)
 {
     const bool filtered = !planner->applies_mask && (sight->mask || sight->key_mask);
     const sa_plan sizes = sizes_of(p, planner, opts, sight, filtered);
-    const int64_t rows = planner->rows_per_block == 1 ? SELECTOR_ROWS : filtered ? MASKED_ROWS : PATTERN_ROWS;
-    sa_plan_job job = {.problem = p, .opts = opts, .emit = planner->emit, .sight = sight, .filtered = filtered};
+    const int64_t rows = planner->rows_per_block == 1 ? SELECTOR_ROWS
+                         : filtered                   ? MASKED_ROWS
+                                                      : PATTERN_ROWS;
+    sa_plan_job job = {
+        .problem = p, .opts = opts, .emit = planner->emit, .sight = sight, .filtered = filtered};
     job.rows = SA_MAX(rows / sizes.rows_per_block, 1) * sizes.rows_per_block;
     sa_plan *plan;
     sa_status status = planner->scratch ? planner->scratch(ctx, p, opts, &job.scratch) : SA_OK;
@@ -403,7 +413,8 @@ build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const void *o
 }
 
 sa_status
-sa_plan_build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const void *opts, sa_plan **plan)
+sa_plan_build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const void *opts,
+              sa_plan **plan)
 {
     sa_sight sight;
     *plan = NULL;

@@ -1,4 +1,4 @@
-/* plan_combine.c - union and intersection of two plans, row by row: both sides are ascending runs, merged. */
+/* plan_combine.c - union and intersection of two plans: ascending runs of each row, merged. */
 #include "engine/plan_parts.h"
 
 enum { TASK_ROWS = 64 };
@@ -45,7 +45,8 @@ add_intersection(side *a, side *b, sa_spans *spans)
 {
     sa_status status = SA_OK;
     while (status == SA_OK && a->start != INT64_MAX && b->start != INT64_MAX) {
-        status = sa_spans_add(spans, SA_SPAN_FULL, SA_MAX(a->start, b->start), SA_MIN(a->end, b->end));
+        status =
+            sa_spans_add(spans, SA_SPAN_FULL, SA_MAX(a->start, b->start), SA_MIN(a->end, b->end));
         advance(a->end <= b->end ? a : b);
     }
     return status;
@@ -71,18 +72,25 @@ emit(const sa_plan_task *task, sa_spans *spans)
     return status;
 }
 
-/* What a row of the result may see: what it may see in both plans, or the hull of what it may see in either. */
+/* What a row of the result may see: what it may see in both plans, or the hull of what it may see
+ * in either. */
 static void
 fill_sight(const sa_plan *a, const sa_plan *b, sa_plan_op op, sa_plan *plan)
 {
     for (int64_t m = 0; m < plan->see_maps; m++) {
         for (int64_t i = 0; i < plan->n_q; i++) {
-            const int64_t x = (a->see_maps > 1 ? m * plan->n_q : 0) + i, y = (b->see_maps > 1 ? m * plan->n_q : 0) + i;
-            int32_t lo = SA_MAX(a->see_lo[x], b->see_lo[y]), hi = SA_MIN(a->see_hi[x], b->see_hi[y]);
+            const int64_t x = (a->see_maps > 1 ? m * plan->n_q : 0) + i,
+                          y = (b->see_maps > 1 ? m * plan->n_q : 0) + i;
+            int32_t lo = SA_MAX(a->see_lo[x], b->see_lo[y]),
+                    hi = SA_MIN(a->see_hi[x], b->see_hi[y]);
             if (op == SA_PLAN_UNION) {
                 const bool in_a = a->see_lo[x] < a->see_hi[x], in_b = b->see_lo[y] < b->see_hi[y];
-                lo = !in_a ? b->see_lo[y] : !in_b ? a->see_lo[x] : SA_MIN(a->see_lo[x], b->see_lo[y]);
-                hi = !in_a ? b->see_hi[y] : !in_b ? a->see_hi[x] : SA_MAX(a->see_hi[x], b->see_hi[y]);
+                lo = !in_a   ? b->see_lo[y]
+                     : !in_b ? a->see_lo[x]
+                             : SA_MIN(a->see_lo[x], b->see_lo[y]);
+                hi = !in_a   ? b->see_hi[y]
+                     : !in_b ? a->see_hi[x]
+                             : SA_MAX(a->see_hi[x], b->see_hi[y]);
             }
             plan->see_lo[m * plan->n_q + i] = lo < hi ? lo : 0;
             plan->see_hi[m * plan->n_q + i] = lo < hi ? hi : 0;
@@ -102,7 +110,8 @@ common_divisor(int32_t x, int32_t y)
 }
 
 sa_status
-sa_plan_combine(sa_ctx *ctx, const sa_plan *a, const sa_plan *b, const sa_problem *p, sa_plan_op op, sa_plan **result)
+sa_plan_combine(sa_ctx *ctx, const sa_plan *a, const sa_plan *b, const sa_problem *p, sa_plan_op op,
+                sa_plan **result)
 {
     const sides opts = {a, b, op};
     *result = NULL;
@@ -119,7 +128,8 @@ sa_plan_combine(sa_ctx *ctx, const sa_plan *a, const sa_plan *b, const sa_proble
         .batch = a->batch,
         .heads = a->heads,
         .rows_per_block = 1,
-        .heads_per_map = mask && p->mask.stride[1] != 0 ? 1 : common_divisor(a->heads_per_map, b->heads_per_map),
+        .heads_per_map =
+            mask && p->mask.stride[1] != 0 ? 1 : common_divisor(a->heads_per_map, b->heads_per_map),
         .per_batch = a->per_batch || b->per_batch || a->see_maps > 1 || b->see_maps > 1 ||
                      (mask && p->mask.stride[0] != 0) || (keys && p->key_mask.stride[0] != 0),
         .see_maps = SA_MAX(a->see_maps, b->see_maps),

@@ -1,4 +1,5 @@
-/* plan_mask.c - boolean masks as structure: which blocks they fill, empty or mix, and a plan of a mask alone. */
+/* plan_mask.c - boolean masks as structure: full, empty and mixed blocks; a plan of a mask alone.
+ */
 #include "engine/plan_parts.h"
 
 /* Notes what row bits show in [from, to); true once both kinds have been met. */
@@ -18,7 +19,8 @@ state_of(bool shown, bool hidden)
 
 /* Padding is the same for all rows, so one look at the widest interval does. */
 sa_block_state
-sa_mask_block(const sa_plan_task *task, const sa_row_block *rows, bool band, int64_t start, int64_t end)
+sa_mask_block(const sa_plan_task *task, const sa_row_block *rows, bool band, int64_t start,
+              int64_t end)
 {
     bool shown = false, hidden = false, decided = false;
     int64_t first = end, last = start;
@@ -31,7 +33,9 @@ sa_mask_block(const sa_plan_task *task, const sa_row_block *rows, bool band, int
         if (lo < hi) {
             first = SA_MIN(first, lo);
             last = SA_MAX(last, hi);
-            decided = decided || look(sa_row_bits_of(task->problem, task->sight->mask, false, task->batch, task->head, i).mask,
+            decided = decided || look(sa_row_bits_of(task->problem, task->sight->mask, false,
+                                                     task->batch, task->head, i)
+                                          .mask,
                                       lo, hi, &shown, &hidden);
         }
     }
@@ -40,7 +44,8 @@ sa_mask_block(const sa_plan_task *task, const sa_row_block *rows, bool band, int
         return mask;
     }
     shown = hidden = false;
-    look(sa_row_bits_of(task->problem, false, true, task->batch, task->head, 0).keys, first, last, &shown, &hidden);
+    look(sa_row_bits_of(task->problem, false, true, task->batch, task->head, 0).keys, first, last,
+         &shown, &hidden);
     const sa_block_state keys = state_of(shown, hidden);
     return keys == SA_BLOCK_FULL ? mask : keys;
 }
@@ -48,7 +53,8 @@ sa_mask_block(const sa_plan_task *task, const sa_row_block *rows, bool band, int
 sa_status
 sa_plan_from_mask(sa_ctx *ctx, const sa_problem *p, sa_plan **plan)
 {
-    static const sa_planner everything = {.name = "mask", .rows_per_block = 64, .emit = sa_spans_everything};
+    static const sa_planner everything = {
+        .name = "mask", .rows_per_block = 64, .emit = sa_spans_everything};
     sa_problem sizes = {
         .mask = p->mask,
         .batch = p->mask.size[0],

@@ -1,11 +1,11 @@
-/* plan_parts.h - what the plan_*.c files share: empty plans, the driver that fills them, the keys of a row. */
+/* plan_parts.h - what the plan_*.c files share: empty plans, the driver, the keys of a row. */
 #ifndef SA_PLAN_PARTS_H
 #define SA_PLAN_PARTS_H
 
 #include "engine/planner.h"
 
-/* A plan with the scalars of `sizes` (n_blocks and n_maps follow from the others), row_start, room for the pointers and
- * the intervals of rows; band_maps 0: no bands. No spans yet. SA_ENOMEM. */
+/* A plan with the scalars of `sizes` (n_blocks and n_maps follow from the others), row_start, room
+ * for the pointers and the intervals of rows; band_maps 0: no bands. No spans yet. SA_ENOMEM. */
 sa_status sa_plan_new(sa_ctx *ctx, const sa_plan *sizes, sa_plan **plan);
 
 /* Emits all rows of all maps in parallel, `rows` rows a task, and joins the spans in order. */
@@ -23,9 +23,11 @@ sa_status sa_plan_fill(sa_ctx *ctx, sa_plan *plan, const sa_plan_job *job);
 /* SA_EINVAL unless the plan was made for sizes like these. */
 sa_status sa_plan_fits(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p);
 
-/* plan_mask.c: what the masks show of keys [start, end) to rows [begin, end), each cut to lo[i] <= j < hi[i]. */
+/* plan_mask.c: what the masks show of keys [start, end) to the rows of a block, as far as each row
+ * sees them (and, with band, has them in its band). */
 typedef enum { SA_BLOCK_EMPTY = 0, SA_BLOCK_FULL, SA_BLOCK_MIXED } sa_block_state;
-sa_block_state sa_mask_block(const sa_plan_task *task, const sa_row_block *rows, bool band, int64_t start, int64_t end);
+sa_block_state sa_mask_block(const sa_plan_task *task, const sa_row_block *rows, bool band,
+                             int64_t start, int64_t end);
 
 /* plan_rows.c: the keys that row i of (b, h) sees, as ascending disjoint runs (which may touch). */
 typedef struct {
@@ -35,7 +37,8 @@ typedef struct {
     int32_t lo[3], hi[3];    /* what the row sees of each kind  */
     int64_t at, stop;        /* rest of a span under a mask     */
 } sa_row_runs;
-void sa_row_runs_start(sa_row_runs *runs, const sa_plan *plan, const sa_problem *p, int64_t b, int64_t h, int64_t i);
+void sa_row_runs_start(sa_row_runs *runs, const sa_plan *plan, const sa_problem *p, int64_t b,
+                       int64_t h, int64_t i);
 bool sa_row_runs_next(sa_row_runs *runs, int64_t *start, int64_t *end);
 int64_t sa_row_runs_count(sa_row_runs *runs); /* keys of all runs, at once */
 

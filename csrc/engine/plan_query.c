@@ -23,7 +23,8 @@ static sa_status
 paint_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {
     const painting *const job = arg;
-    const int64_t n_k = job->plan->n_k, begin = task * TASK_ROWS, end = SA_MIN(begin + TASK_ROWS, job->plan->n_q);
+    const int64_t n_k = job->plan->n_k, begin = task * TASK_ROWS,
+                  end = SA_MIN(begin + TASK_ROWS, job->plan->n_q);
     (void)ctx, (void)worker;
     memset(job->out + begin * n_k, 0, (size_t)((end - begin) * n_k));
     for (int64_t i = begin; i < end; i++) {
@@ -38,7 +39,8 @@ paint_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 }
 
 sa_status
-sa_plan_to_mask(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p, int64_t b, int64_t h, unsigned char *out)
+sa_plan_to_mask(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p, int64_t b, int64_t h,
+                unsigned char *out)
 {
     painting job = {plan, p, b, h, out};
     const sa_status status = sa_plan_fits(ctx, plan, p);
@@ -46,20 +48,21 @@ sa_plan_to_mask(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p, int64_t b
         return status;
     }
     if (b < 0 || b >= plan->batch || h < 0 || h >= plan->heads) {
-        return sa_fail(ctx, SA_EINVAL, "batch %lld, head %lld is not in a plan of %lld x %lld", (long long)b, (long long)h,
-                       (long long)plan->batch, (long long)plan->heads);
+        return sa_fail(ctx, SA_EINVAL, "batch %lld, head %lld is not in a plan of %lld x %lld",
+                       (long long)b, (long long)h, (long long)plan->batch, (long long)plan->heads);
     }
     return sa_parallel(ctx, tasks_of(plan->n_q), paint_task, &job);
 }
 
-/* A count goes over `batches` x `groups` x row chunks; what all batches or all heads share is counted once and
- * multiplied. */
+/* A count goes over `batches` x `groups` x row chunks; what all batches or all heads share is
+ * counted once and multiplied. */
 typedef struct {
     const sa_plan *plan; /* NULL: count what the sight shows */
     const sa_sight *sight;
     const sa_problem *p;
-    int64_t batches, groups, chunks, group_heads; /* heads of a group that are looked at one by one */
-    sa_plan_counts *part;                         /* [tasks] */
+    int64_t batches, groups, chunks;
+    int64_t group_heads;  /* heads of a group that are looked at one by one */
+    sa_plan_counts *part; /* [tasks]                                        */
 } counting;
 
 static int64_t
@@ -82,7 +85,8 @@ set_bits(uint64_t *bits, int64_t start, int64_t stop)
 
 /* Keys that the heads [h, h + n) of a group see of row i, together and each for itself. */
 static void
-union_keys(const counting *c, uint64_t *bits, int64_t b, int64_t h, int64_t n, int64_t i, sa_plan_counts *part)
+union_keys(const counting *c, uint64_t *bits, int64_t b, int64_t h, int64_t n, int64_t i,
+           sa_plan_counts *part)
 {
     int64_t low = c->plan->n_k, high = 0;
     for (int64_t x = 0; x < n; x++) {
@@ -106,15 +110,16 @@ static int64_t
 sight_keys(const counting *c, int64_t b, int64_t h, int64_t i)
 {
     const int64_t at = (c->sight->maps > 1 ? b * c->p->n_q : 0) + i;
-    return sa_row_bits_count(sa_row_bits_of(c->p, c->sight->mask, c->sight->key_mask, b, h, i), c->sight->lo[at],
-                             c->sight->hi[at]);
+    return sa_row_bits_count(sa_row_bits_of(c->p, c->sight->mask, c->sight->key_mask, b, h, i),
+                             c->sight->lo[at], c->sight->hi[at]);
 }
 
 static sa_status
 count_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {
     const counting *const c = arg;
-    const int64_t chunk = task % c->chunks, g = task / c->chunks % c->groups, b = task / c->chunks / c->groups;
+    const int64_t chunk = task % c->chunks, g = task / c->chunks % c->groups,
+                  b = task / c->chunks / c->groups;
     const int64_t begin = chunk * TASK_ROWS, end = SA_MIN(begin + TASK_ROWS, c->p->n_q);
     sa_plan_counts *const part = &c->part[task];
     uint64_t *bits = NULL;
@@ -139,15 +144,17 @@ count_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     return SA_OK;
 }
 
-/* Sums over all tasks; each batch counts for batch / batches, each group for `factor`. */
+/* Sums over all tasks. */
 static sa_status
 run_count(sa_ctx *ctx, counting *c, sa_plan_counts *sum)
 {
-    const int64_t n_tasks = c->batches * c->groups * (c->chunks = tasks_of(c->p->n_q));
+    c->chunks = tasks_of(c->p->n_q);
+    const int64_t n_tasks = c->batches * c->groups * c->chunks;
     *sum = (sa_plan_counts){0};
     c->part = sa_malloc_array((size_t)n_tasks, sizeof *c->part);
     if (c->part == NULL) {
-        return sa_fail(ctx, SA_ENOMEM, "no memory to count a plan of %lld rows", (long long)c->p->n_q);
+        return sa_fail(ctx, SA_ENOMEM, "no memory to count a plan of %lld rows",
+                       (long long)c->p->n_q);
     }
     sa_status status = SA_OK;
     if (c->group_heads > 1) {
@@ -177,7 +184,8 @@ count_visible(sa_ctx *ctx, const sa_problem *p, int64_t *visible)
     if (status != SA_OK) {
         return status;
     }
-    const bool by_batch = sight.maps > 1 || varies(p->mask, 0, sight.mask) || varies(p->key_mask, 0, sight.key_mask);
+    const bool by_batch =
+        sight.maps > 1 || varies(p->mask, 0, sight.mask) || varies(p->key_mask, 0, sight.key_mask);
     counting c = {
         .sight = &sight,
         .p = p,
@@ -201,10 +209,11 @@ sa_plan_count(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p, sa_plan_cou
     if (status != SA_OK || plan->batch == 0) {
         return status;
     }
-    const bool masks = plan->term_mask, by_batch = plan->per_batch || plan->see_maps > 1 || varies(p->mask, 0, masks) ||
-                                                   varies(p->key_mask, 0, masks);
     const int64_t group = p->heads / p->kv_heads;
-    const bool by_group = plan->heads_per_map % group != 0 || varies(p->mask, 1, masks); /* heads of a group differ */
+    const bool masks = plan->term_mask, shared = !plan->per_batch && plan->see_maps == 1;
+    const bool by_batch = !shared || varies(p->mask, 0, masks) || varies(p->key_mask, 0, masks);
+    /* heads of one group differ; groups differ */
+    const bool by_group = plan->heads_per_map % group != 0 || varies(p->mask, 1, masks);
     const bool by_head = by_group || plan->heads_per_map < p->heads;
     counting c = {
         .plan = plan,

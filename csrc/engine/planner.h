@@ -15,11 +15,11 @@ typedef struct {
     int worker;
     const sa_problem *problem;
     const void *opts;
-    const sa_sight *sight;     /* what the masks hide beyond see_lo and see_hi                       */
-    int64_t map, batch, head;  /* batch 0 where batches share the map; head: first query head of it  */
-    int64_t begin, end;        /* query rows (multiples of rows_per_block from the start)            */
-    const int32_t *see_lo, *see_hi;   /* of this batch, [n_q]; already clipped to [0, n_k], lo <= hi */
-    const int32_t *band_lo, *band_hi; /* what planner->band filled, [n_q], or NULL                   */
+    const sa_sight *sight;            /* what the masks hide beyond see_lo and see_hi        */
+    int64_t map, batch, head;         /* batch 0 where batches share the map; its first head */
+    int64_t begin, end;               /* query rows, from a block's first                    */
+    const int32_t *see_lo, *see_hi;   /* of this batch, [n_q]; 0 <= lo <= hi <= n_k          */
+    const int32_t *band_lo, *band_hi; /* what planner->band filled, [n_q], or NULL           */
 } sa_plan_task;
 
 /* How the options cut rows and heads. */
@@ -32,33 +32,34 @@ typedef struct {
     const char *name;
     const sa_field *fields;
     size_t opts_size;
-    unsigned reads;            /* 0: a pattern. SA_READS_Q | SA_READS_K: a selector                  */
-    int32_t rows_per_block;    /* 64 for patterns, 1 for selectors                                   */
-    int32_t span_len;          /* 0: spans carry lengths; 1: single keys                             */
-    bool per_head;             /* one map a head and batch even where nothing is read (random keys)  */
-    bool applies_mask;         /* emit leaves out what the masks hide; else the driver cuts its spans */
+    unsigned reads;         /* 0: a pattern. SA_READS_Q | SA_READS_K: a selector         */
+    int32_t rows_per_block; /* 64 for patterns, 1 for selectors                          */
+    int32_t span_len;       /* 0: spans carry lengths; 1: single keys                    */
+    bool per_head;          /* a map a head and batch where nothing is read: random keys */
+    bool applies_mask;      /* emit leaves out what masks hide; else the driver does     */
     /* Bytes of worker scratch that emit needs. NULL: none. */
     sa_status (*scratch)(sa_ctx *ctx, const sa_problem *p, const void *opts, size_t *bytes);
     /* Checks options against the problem (layout shapes, ...). NULL: nothing to check. */
     sa_status (*check)(sa_ctx *ctx, const sa_problem *p, const void *opts);
-    /* Changes what the record says of rows and heads, where options decide it. NULL: they do not. */
+    /* Changes what the record says of rows and heads where options decide. NULL: they do not. */
     void (*shape)(const sa_problem *p, const void *opts, sa_plan_shape *shape);
-    /* Fills [lo, hi) of row i's own band, 0 <= lo <= hi <= n_k; NULL: the pattern has none. Called serially for all
-     * rows. */
+    /* Fills [lo, hi) of row i's own band, 0 <= lo <= hi <= n_k; NULL: the pattern has none. Called
+     * serially for all rows. */
     void (*band)(const sa_problem *p, const void *opts, int64_t i, int32_t *lo, int32_t *hi);
     sa_status (*emit)(const sa_plan_task *task, sa_spans *spans);
 } sa_planner;
 
-/* Rows [begin, end) of a block; all of them see [all_lo, all_hi), which is empty when one sees nothing; some see
- * parts of [any_lo, any_hi) and none sees more. */
+/* Rows [begin, end) of a block; all of them see [all_lo, all_hi), which is empty when one sees
+ * nothing; some see parts of [any_lo, any_hi) and none sees more. */
 typedef struct {
     int64_t begin, end;
     int32_t all_lo, all_hi, any_lo, any_hi;
 } sa_row_block;
 
-/* Called by emit, block by block in order. A pattern calls sa_spans_block at the start of each row block,
- * then adds spans in ascending order of keys, disjoint; a selector calls sa_spans_row once a row. What no row
- * of the block sees is cut off, empty spans are ignored, spans that touch are joined. SA_ENOMEM. */
+/* Called by emit, block by block in order. A pattern calls sa_spans_block at the start of each row
+ * block, then adds spans in ascending order of keys, disjoint; a selector calls sa_spans_row once a
+ * row. What no row of the block sees is cut off, empty spans are ignored, spans that touch are
+ * joined. SA_ENOMEM. */
 typedef enum { SA_SPAN_FULL = 0, SA_SPAN_SEE, SA_SPAN_BAND } sa_span_kind;
 sa_status sa_spans_block(sa_spans *spans, sa_row_block *block);
 sa_status sa_spans_add(sa_spans *spans, sa_span_kind kind, int64_t start, int64_t end);
@@ -69,14 +70,15 @@ sa_status sa_spans_everything(const sa_plan_task *task, sa_spans *spans);
 /* One row with n single keys base + keys[0..n), ascending. They become full spans. */
 sa_status sa_spans_row(sa_spans *spans, int64_t base, const int32_t *keys, int64_t n);
 
-/* Builds a plan. Where masks hide more than intervals say, spans are cut at multiples of 64 keys: parts that the
- * masks hide from all rows go, mixed parts become clipped spans and the plan's term_mask is set. p is checked
- * (sa_problem_check); a pattern needs its sizes and masks alone. In debug builds the plan is validated. */
-sa_status sa_plan_build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const void *opts,
-                        sa_plan **plan);
+/* Builds a plan. Where masks hide more than intervals say, spans are cut at multiples of 64 keys:
+ * parts that the masks hide from all rows go, mixed parts become clipped spans and the plan's
+ * term_mask is set. p is checked (sa_problem_check); a pattern needs its sizes and masks alone. In
+ * debug builds the plan is validated. */
+sa_status sa_plan_build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner,
+                        const void *opts, sa_plan **plan);
 
-/* A plan of a boolean mask array: full blocks, and see spans read through the mask, or intervals alone where they
- * say it all. Only p->mask is read; its sizes are the plan's. */
+/* A plan of a boolean mask array: full blocks, and see spans read through the mask, or intervals
+ * alone where they say it all. Only p->mask is read; its sizes are the plan's. */
 sa_status sa_plan_from_mask(sa_ctx *ctx, const sa_problem *p, sa_plan **plan);
 
 #endif

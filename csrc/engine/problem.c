@@ -47,7 +47,8 @@ check_range(sa_ctx *ctx, const char *what, int64_t value, int64_t min, int64_t m
     if (value >= min && value <= max) {
         return SA_OK;
     }
-    return sa_fail(ctx, SA_EINVAL, "%s must be in [%lld, %lld], got %lld", what, (ll)min, (ll)max, (ll)value);
+    return sa_fail(ctx, SA_EINVAL, "%s must be in [%lld, %lld], got %lld", what, (ll)min, (ll)max,
+                   (ll)value);
 }
 
 /* One of q, k, v: its dtype, its last axis, its reach in memory. */
@@ -59,14 +60,18 @@ check_tensor(sa_ctx *ctx, const sa_problem *p, const char *name, sa_view v)
     }
     if (v.dtype != p->q.dtype) {
         return sa_fail(ctx, SA_ETYPE, "%s is %s but q is %s; give q, k and v one dtype", name,
-                       v.dtype == SA_F64 ? "float64" : "float32", p->q.dtype == SA_F64 ? "float64" : "float32");
+                       v.dtype == SA_F64 ? "float64" : "float32",
+                       p->q.dtype == SA_F64 ? "float64" : "float32");
     }
     if (v.size[3] > 1 && v.stride[3] != 1) {
-        return sa_fail(ctx, SA_EINVAL, "the last axis of %s must be contiguous, got a stride of %lld elements; copy it first",
-                       name, (ll)v.stride[3]);
+        return sa_fail(
+            ctx, SA_EINVAL,
+            "the last axis of %s must be contiguous, got a stride of %lld elements; copy it first",
+            name, (ll)v.stride[3]);
     }
     if (!fits(v.size, 4) || !spans_memory(v)) {
-        return sa_fail(ctx, SA_EINVAL, "%s with shape (%lld, %lld, %lld, %lld) is larger than memory can be", name,
+        return sa_fail(ctx, SA_EINVAL,
+                       "%s with shape (%lld, %lld, %lld, %lld) is larger than memory can be", name,
                        (ll)v.size[0], (ll)v.size[1], (ll)v.size[2], (ll)v.size[3]);
     }
     return SA_OK;
@@ -78,8 +83,9 @@ check_size(sa_ctx *ctx, const char *name, sa_view v, int axis, int64_t want, con
     if (v.size[axis] == want) {
         return SA_OK;
     }
-    return sa_fail(ctx, SA_EINVAL, "%s has shape (%lld, %lld, %lld, %lld), but axis %d must be %lld, %s", name,
-                   (ll)v.size[0], (ll)v.size[1], (ll)v.size[2], (ll)v.size[3], axis, (ll)want, meaning);
+    return sa_fail(
+        ctx, SA_EINVAL, "%s has shape (%lld, %lld, %lld, %lld), but axis %d must be %lld, %s", name,
+        (ll)v.size[0], (ll)v.size[1], (ll)v.size[2], (ll)v.size[3], axis, (ll)want, meaning);
 }
 
 sa_status
@@ -96,17 +102,22 @@ sa_problem_sizes_check(sa_ctx *ctx, const sa_problem *p)
         {"the length of k", p->n_k, 0, SA_MAX_KEYS},
     };
     for (size_t r = 0; r < sizeof ranges / sizeof *ranges; r++) {
-        const sa_status status = check_range(ctx, ranges[r].what, ranges[r].value, ranges[r].min, ranges[r].max);
+        const sa_status status =
+            check_range(ctx, ranges[r].what, ranges[r].value, ranges[r].min, ranges[r].max);
         if (status != SA_OK) {
             return status;
         }
     }
     if (p->heads % p->kv_heads != 0) {
-        return sa_fail(ctx, SA_EINVAL, "k has %lld heads, which does not divide the %lld heads of q; repeat or drop heads",
-                       (ll)p->kv_heads, (ll)p->heads);
+        return sa_fail(
+            ctx, SA_EINVAL,
+            "k has %lld heads, which does not divide the %lld heads of q; repeat or drop heads",
+            (ll)p->kv_heads, (ll)p->heads);
     }
     if (!fits((const int64_t[]){p->batch, p->heads, p->n_q, p->n_k}, 4)) {
-        return sa_fail(ctx, SA_EINVAL, "batch %lld, heads %lld and lengths %lld x %lld are too large together; split the batch",
+        return sa_fail(ctx, SA_EINVAL,
+                       "batch %lld, heads %lld and lengths %lld x %lld are too large together; "
+                       "split the batch",
                        (ll)p->batch, (ll)p->heads, (ll)p->n_q, (ll)p->n_k);
     }
     return SA_OK;
@@ -134,10 +145,13 @@ check_v(sa_ctx *ctx, sa_problem *p)
     sa_status status = check_range(ctx, "the width of v", p->dim_v, 1, MAX_DIM);
     status = status ? status : check_tensor(ctx, p, "v", p->v);
     status = status ? status : check_size(ctx, "v", p->v, 0, p->batch, "the batch size of q");
-    status = status ? status : check_size(ctx, "v", p->v, 1, p->kv_heads, "the number of heads of k");
+    status =
+        status ? status : check_size(ctx, "v", p->v, 1, p->kv_heads, "the number of heads of k");
     status = status ? status : check_size(ctx, "v", p->v, 2, p->n_k, "the length of k");
     if (status == SA_OK && !fits((const int64_t[]){p->batch, p->heads, p->n_q, p->dim_v}, 4)) {
-        return sa_fail(ctx, SA_EINVAL, "the output of batch %lld, heads %lld, length %lld and width %lld is too large; split it",
+        return sa_fail(ctx, SA_EINVAL,
+                       "the output of batch %lld, heads %lld, length %lld and width %lld is too "
+                       "large; split it",
                        (ll)p->batch, (ll)p->heads, (ll)p->n_q, (ll)p->dim_v);
     }
     return status;
@@ -154,7 +168,8 @@ check_terms(sa_ctx *ctx, const sa_problem *p)
         bool keys_only;
     } terms[] = {
         {"mask", "bool (True = may attend)", p->mask, SA_BOOL, false},
-        {"bias", p->q.dtype == SA_F64 ? "float64 as q is" : "float32 as q is", p->bias, p->q.dtype, false},
+        {"bias", p->q.dtype == SA_F64 ? "float64 as q is" : "float32 as q is", p->bias, p->q.dtype,
+         false},
         {"key_mask", "bool (True = a real key)", p->key_mask, SA_BOOL, true},
     };
     for (size_t t = 0; t < sizeof terms / sizeof *terms; t++) {
@@ -168,11 +183,15 @@ check_terms(sa_ctx *ctx, const sa_problem *p)
             return sa_fail(ctx, SA_ETYPE, "%s must be %s; convert it first", name, terms[t].type);
         }
         sa_status status = check_size(ctx, name, v, 0, p->batch, "the batch size of q");
-        status = status ? status : check_size(ctx, name, v, 1, keys_only ? 1 : p->heads, "the number of heads of q");
-        status = status ? status : check_size(ctx, name, v, 2, keys_only ? 1 : p->n_q, "the length of q");
+        status = status ? status
+                        : check_size(ctx, name, v, 1, keys_only ? 1 : p->heads,
+                                     "the number of heads of q");
+        status = status ? status
+                        : check_size(ctx, name, v, 2, keys_only ? 1 : p->n_q, "the length of q");
         status = status ? status : check_size(ctx, name, v, 3, p->n_k, "the length of k");
         if (status == SA_OK && !spans_memory(v)) {
-            status = sa_fail(ctx, SA_EINVAL, "the strides of %s reach further than memory can", name);
+            status =
+                sa_fail(ctx, SA_EINVAL, "the strides of %s reach further than memory can", name);
         }
         if (status != SA_OK) {
             return status;
@@ -197,10 +216,13 @@ sa_problem_check(sa_ctx *ctx, sa_problem *p)
         return status;
     }
     if (!isfinite(p->scale)) {
-        return sa_fail(ctx, SA_EINVAL, "scale must be finite, got %g; None stands for 1 / sqrt(dim)", p->scale);
+        return sa_fail(ctx, SA_EINVAL,
+                       "scale must be finite, got %g; None stands for 1 / sqrt(dim)", p->scale);
     }
     if (!isfinite(p->softcap) || p->softcap < 0) {
-        return sa_fail(ctx, SA_EINVAL, "softcap must be finite and positive, or None for no cap; got %g", p->softcap);
+        return sa_fail(ctx, SA_EINVAL,
+                       "softcap must be finite and positive, or None for no cap; got %g",
+                       p->softcap);
     }
     if (p->causal < SA_CAUSAL_NONE || p->causal > SA_CAUSAL_TOP_LEFT) {
         return sa_fail(ctx, SA_EINVAL, "causal must be 0, 1 or 2, got %d", (int)p->causal);

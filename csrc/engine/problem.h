@@ -1,4 +1,4 @@
-/* problem.h - one attention call: its sizes, its tensors, who may see what. All shape checks live here. */
+/* problem.h - one attention call: sizes, tensors, who may see what. All shape checks live here. */
 #ifndef SA_PROBLEM_H
 #define SA_PROBLEM_H
 
@@ -11,23 +11,24 @@ typedef enum { SA_CAUSAL_NONE = 0, SA_CAUSAL_BOTTOM_RIGHT, SA_CAUSAL_TOP_LEFT } 
 
 /* q (batch, heads, n_q, dim); k (batch, kv_heads, n_k, dim); v (batch, kv_heads, n_k, dim_v);
  * out (batch, heads, n_q, dim_v); lse (batch, heads, n_q, 1) in the real type: float64 for f64
- * inputs, else float32. q, k, v, out share one dtype. Query head h reads kv head h kv_heads / heads. */
+ * inputs, else float32. q, k, v, out share one dtype. Query head h reads kv head h kv_heads /
+ * heads. */
 typedef struct {
     sa_view q, k, v;
-    sa_view mask;     /* bool (batch, heads, n_q, n_k), strides 0 where broadcast, true = may attend; data NULL: none */
-    sa_view bias;     /* real type, same broadcast, added to scores after soft-cap; data NULL: none                   */
-    sa_view key_mask; /* bool (batch, 1, 1, n_k): padding; data NULL: none                                            */
+    sa_view mask;     /* bool (batch, heads, n_q, n_k), 0 strides where broadcast, true = sees */
+    sa_view bias;     /* real type, likewise; added to scores after soft-cap                 */
+    sa_view key_mask; /* bool (batch, 1, 1, n_k): padding. data NULL in these three: none    */
     sa_causal causal;
-    double scale;     /* multiplies q.k                         */
-    double softcap;   /* c tanh(s / c); 0 means none            */
+    double scale;   /* multiplies q.k                         */
+    double softcap; /* c tanh(s / c); 0 means none            */
     /* filled by sa_problem_check: */
     int64_t batch, heads, kv_heads, n_q, n_k, dim, dim_v;
 } sa_problem;
 
-/* Fills the sizes and refuses what does not fit, naming the argument and the value. v.data may be NULL
- * (planning needs no values). */
+/* Fills the sizes and refuses what does not fit, naming the argument and the value. v.data may be
+ * NULL (planning needs no values). */
 sa_status sa_problem_check(sa_ctx *ctx, sa_problem *p);
-/* Of that, only the sizes that a plan needs: batch, heads, kv_heads, n_q, n_k as they stand in p. */
+/* Of that, only the sizes of a plan: batch, heads, kv_heads, n_q, n_k as they stand in p. */
 sa_status sa_problem_sizes_check(sa_ctx *ctx, const sa_problem *p);
 
 /* First key past what row i may see by causality alone; n_k without causality. May be <= 0. */

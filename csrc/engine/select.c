@@ -1,4 +1,5 @@
-/* select.c - exact selection by a sampled guess: one SIMD pass drops almost all scores, bisection ranks the rest. */
+/* select.c - exact selection by a sampled guess: one SIMD pass drops almost all scores, bisection
+ * ranks the rest. */
 #include "engine/select.h"
 
 #include <float.h>
@@ -41,7 +42,8 @@ sa_select_scratch(int64_t n, int64_t count)
     return SAMPLES * sizeof(double) + (size_t)n * (sizeof(double) + sizeof(int32_t)) + SA_ALIGN;
 }
 
-/* Hoare's partition around the median of three until place k holds what sorting downwards would put there. */
+/* Hoare's partition around the median of three until place k holds what sorting downwards would put
+ * there. */
 static float
 quick_kth(float *x, int64_t n, int64_t k)
 {

@@ -1,7 +1,7 @@
 /* select_body.h - selection for one real type; select.c sets REAL, KEY, KEY_MAX, LOWEST and NAME.
  *
- * Everything rests on the level of a row: the largest t that at least `count` scores reach. Scores above it are
- * taken, then scores equal to it, lower indices first, until there are enough.
+ * Everything rests on the level of a row: the largest t that at least `count` scores reach. Scores
+ * above it are taken, then scores equal to it, lower indices first, until there are enough.
  */
 
 /* Reals ordered as integers (-0 next to 0). The map is its own inverse. */
@@ -22,8 +22,8 @@ NAME(real_of)(KEY key)
     return x;
 }
 
-/* Bisection over the bits of t: at most one count a bit, and none once exactly `count` scores reach t. At least `count`
- * of value[0..n) must reach low. */
+/* Bisection over the bits of t: at most one count a bit, and none once exactly `count` scores reach
+ * t. At least `count` of value[0..n) must reach low. */
 static REAL
 NAME(level_of)(const sa_tile *tile, const REAL *value, int64_t n, int64_t count, REAL low)
 {
@@ -45,17 +45,18 @@ NAME(level_of)(const sa_tile *tile, const REAL *value, int64_t n, int64_t count,
     }
 }
 
-/* Keeps, in place, those index[j] whose value[j] belongs to the `count` largest, value being n scores that hold
- * them all and index ascending. */
+/* Keeps, in place, those index[j] whose value[j] belongs to the `count` largest, value being n
+ * scores that hold them all and index ascending. */
 static void
-NAME(keep_largest)(const sa_tile *tile, const REAL *value, int64_t n, int64_t count, int32_t *index, REAL low)
+NAME(keep_largest)(const sa_tile *tile, const REAL *value, int64_t n, int64_t count, int32_t *index,
+                   REAL low)
 {
     const REAL level = NAME(level_of)(tile, value, n, count, low);
     int64_t above = 0, kept = 0;
     for (int64_t j = 0; j < n; j++) {
         above += !(value[j] <= level);
     }
-    int64_t equal = count - above; /* negative when the level is +inf and more NaNs than count lie above */
+    int64_t equal = count - above; /* below 0: the level is +inf and too many NaNs lie above it */
     for (int64_t j = 0; j < n && kept < count; j++) {
         const bool take = !(value[j] <= level) || (value[j] == level && equal-- > 0);
         index[kept] = index[j];
@@ -63,8 +64,8 @@ NAME(keep_largest)(const sa_tile *tile, const REAL *value, int64_t n, int64_t co
     }
 }
 
-/* A level that about the `rank` largest of the sample reach. The sample's places are irregular so that no period
- * of the scores can meet them all. */
+/* A level that about the `rank` largest of the sample reach. The sample's places are irregular so
+ * that no period of the scores can meet them all. */
 static REAL
 NAME(guess_level)(const sa_tile *tile, const REAL *sample, int64_t rank)
 {
@@ -85,10 +86,11 @@ NAME(take_sample)(REAL *sample, const REAL *s, int64_t n)
     }
 }
 
-/* Candidates that reach a guessed level, at least `count` of them where so many exist; *low is that level. A wrong
- * guess costs another pass with a lower one; the last level is LOWEST. */
+/* Candidates that reach a guessed level, at least `count` of them where so many exist; *low is that
+ * level. A wrong guess costs another pass with a lower one; the last level is LOWEST. */
 static int64_t
-NAME(survivors)(const sa_tile *tile, const REAL *s, int64_t n, int64_t count, REAL *sample, int32_t *index, REAL *low)
+NAME(survivors)(const sa_tile *tile, const REAL *s, int64_t n, int64_t count, REAL *sample,
+                int32_t *index, REAL *low)
 {
     NAME(take_sample)(sample, s, n);
     const double share = (double)count * SAMPLES / (double)n;
@@ -115,30 +117,23 @@ NAME(sa_select_largest)(const REAL *s, int64_t n, int64_t count, int32_t *index,
     if (count <= 0) {
         return 0;
     }
+    REAL low;
+    int64_t found;
     if (n >= SAMPLE_FROM && count <= n / 4) {
-        REAL low;
-        const int64_t found = NAME(survivors)(tile, s, n, count, sample, among, &low);
-        count = SA_MIN(count, found);
-        if (found > count) {
-            for (int64_t j = 0; j < found; j++) {
-                gathered[j] = s[among[j]];
-            }
-            NAME(keep_largest)(tile, gathered, found, count, among, low);
-        }
-        memcpy(index, among, (size_t)count * sizeof *index);
-        return count;
-    }
-    if (tile->count_ge(s, n, (double)LOWEST) <= count) {
+        found = NAME(survivors)(tile, s, n, count, sample, among, &low);
+    } else if (tile->count_ge(s, n, (double)LOWEST) <= count) {
         return tile->compress_ge(s, n, (double)LOWEST, index);
+    } else {
+        low = NAME(level_of)(tile, s, n, count, LOWEST);
+        found = tile->compress_ge(s, n, (double)low, among);
     }
-    const REAL level = NAME(level_of)(tile, s, n, count, LOWEST);
-    const int64_t found = tile->compress_ge(s, n, (double)level, among);
-    if (found > count) { /* scores equal to the level are too many */
+    if (found > count) {
         for (int64_t j = 0; j < found; j++) {
             gathered[j] = s[among[j]];
         }
-        NAME(keep_largest)(tile, gathered, found, count, among, level);
+        NAME(keep_largest)(tile, gathered, found, count, among, low);
     }
-    memcpy(index, among, (size_t)count * sizeof *index);
-    return count;
+    found = SA_MIN(count, found);
+    memcpy(index, among, (size_t)found * sizeof *index);
+    return found;
 }

@@ -149,8 +149,9 @@ fill_rows(const sa_problem *p, sa_sight *sight)
     }
 }
 
-/* Narrows rows [begin, end) of a map to their run in the mask; false as soon as a row has a second run. Goes through
- * the keys in pieces for all rows together, so that a transposed mask is read line by line. */
+/* Narrows rows [begin, end) of a map to their run in the mask; false as soon as a row has a second
+ * run. Goes through the keys in pieces for all rows together, so that a transposed mask is read
+ * line by line. */
 static bool
 narrow_rows(const sa_problem *p, int64_t b, int64_t begin, int64_t end, int32_t *lo, int32_t *hi)
 {
@@ -204,8 +205,8 @@ narrow_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     return SA_OK;
 }
 
-/* Turns the mask into intervals where all heads share it and each row is one run. Which rows a failed attempt
- * has narrowed depends on threads, so it starts afresh then. */
+/* Turns the mask into intervals where all heads share it and each row is one run. Which rows a
+ * failed attempt has narrowed depends on threads, so it starts afresh then. */
 static sa_status
 narrow(sa_ctx *ctx, const sa_problem *p, sa_sight *sight)
 {
@@ -215,7 +216,8 @@ narrow(sa_ctx *ctx, const sa_problem *p, sa_sight *sight)
     if (!sight->mask || (p->heads > 1 && p->mask.stride[1] != 0)) {
         return SA_OK;
     }
-    const sa_status status = sa_parallel(ctx, sight->maps * ((p->n_q + TASK_ROWS - 1) / TASK_ROWS), narrow_task, &job);
+    const sa_status status =
+        sa_parallel(ctx, sight->maps * ((p->n_q + TASK_ROWS - 1) / TASK_ROWS), narrow_task, &job);
     sight->mask = broken;
     if (broken) {
         fill_rows(p, sight);
@@ -249,7 +251,8 @@ sa_sight_make(sa_ctx *ctx, const sa_problem *p, sa_sight *sight)
     sight->hi = sa_malloc_array((size_t)(sight->maps * p->n_q), sizeof *sight->hi);
     if (sight->lo == NULL || sight->hi == NULL) {
         sa_sight_free(sight);
-        return sa_fail(ctx, SA_ENOMEM, "no memory for the visible intervals of %lld rows", (long long)(sight->maps * p->n_q));
+        return sa_fail(ctx, SA_ENOMEM, "no memory for the visible intervals of %lld rows",
+                       (long long)(sight->maps * p->n_q));
     }
     fill_rows(p, sight);
     const sa_status status = narrow(ctx, p, sight);

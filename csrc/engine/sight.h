@@ -1,7 +1,8 @@
 /* sight.h - what causality, padding and the boolean mask let each row see, before any plan chooses.
  *
- * Intervals say it all where each row's keys are one run: causality, padding on either side, a mask that is a band or
- * a set of packed documents. What intervals cannot say stays in the masks, read element by element.
+ * Intervals say it all where each row's keys are one run: causality, padding on either side, a mask
+ * that is a band or a set of packed documents. What intervals cannot say stays in the masks, read
+ * element by element.
  */
 #ifndef SA_SIGHT_H
 #define SA_SIGHT_H
@@ -9,17 +10,18 @@
 #include "engine/problem.h"
 
 typedef struct {
-    int64_t maps;      /* 1, or batch                                                          */
-    int32_t *lo, *hi;  /* [maps, n_q]: row i may see lo <= j < hi; 0, 0 when it sees nothing   */
-    bool mask;         /* problem->mask hides more than the intervals say                      */
-    bool key_mask;     /* so does key_mask: the padding of some batch entry has holes          */
+    int64_t maps;     /* 1, or batch                                                          */
+    int32_t *lo, *hi; /* [maps, n_q]: row i may see lo <= j < hi; 0, 0 when it sees nothing   */
+    bool mask;        /* problem->mask hides more than the intervals say                      */
+    bool key_mask;    /* so does key_mask: the padding of some batch entry has holes          */
 } sa_sight;
 
 /* The sizes of p must be set; nothing but causal, mask and key_mask is read. SA_ENOMEM. */
 sa_status sa_sight_make(sa_ctx *ctx, const sa_problem *p, sa_sight *sight);
 void sa_sight_free(sa_sight *sight);
 
-/* One row of a boolean array: key j stands at at[j * step] and is true when it is not zero. at NULL: all true. */
+/* One row of a boolean array: key j stands at at[j * step] and is true when it is not zero. at
+ * NULL: all true. */
 typedef struct {
     const unsigned char *at;
     int64_t step;
@@ -34,7 +36,8 @@ typedef struct {
 } sa_row_bits;
 
 /* Those of (batch b, head h, row i); the parts that are not asked for are all true. */
-sa_row_bits sa_row_bits_of(const sa_problem *p, bool mask, bool key_mask, int64_t b, int64_t h, int64_t i);
+sa_row_bits sa_row_bits_of(const sa_problem *p, bool mask, bool key_mask, int64_t b, int64_t h,
+                           int64_t i);
 
 /* First key in [from, to) that both show (value true) or that one of them hides (false). */
 int64_t sa_row_bits_next(sa_row_bits bits, bool value, int64_t from, int64_t to);

@@ -1,4 +1,4 @@
-/* arrays.c - views of ndarrays: everything that could make a kernel read or write amiss is refused here. */
+/* arrays.c - views of ndarrays: everything that could lead a kernel astray is refused here. */
 #include "python/arrays.h"
 
 #include <stdio.h>
@@ -50,8 +50,8 @@ check_dtype(py_call *call, PyArrayObject *array, const char *arg, unsigned dtype
                      dtype_names[d]);
         }
     }
-    PyErr_Format(call->state->dtype, "%s must be %s in native byte order, got %R; use %s.astype", arg, words,
-                 (PyObject *)PyArray_DESCR(array), arg);
+    PyErr_Format(call->state->dtype, "%s must be %s in native byte order, got %R; use %s.astype",
+                 arg, words, (PyObject *)PyArray_DESCR(array), arg);
     return -1;
 }
 
@@ -111,7 +111,7 @@ fill_axes(py_call *call, PyArrayObject *array, const char *arg, unsigned flags, 
     for (int a = 0; a < 4; a++) {
         view->size[a] = a < pad ? 1 : PyArray_DIM(array, a - pad);
         view->stride[a] = 0;
-        if (view->size[a] > 1 && !empty) { /* NumPy leaves any number in strides that are never taken */
+        if (view->size[a] > 1 && !empty) { /* strides never taken may be any number */
             const npy_intp bytes = PyArray_STRIDE(array, a - pad);
             if (bytes % item != 0) {
                 PyErr_Format(call->state->argument,
@@ -223,7 +223,8 @@ py_no_overlap(py_call *call, PyObject *out, const char *out_name, PyObject *in, 
     PyErr_Clear(); /* TooHardError, a RuntimeError: taken as shared */
     Py_XDECREF(shared);
     if (!apart) {
-        PyErr_Format(call->state->argument, "%s shares memory with %s; pass a new array as %s", out_name, in_name, out_name);
+        PyErr_Format(call->state->argument, "%s shares memory with %s; pass a new array as %s",
+                     out_name, in_name, out_name);
         return -1;
     }
     return 0;

@@ -1,4 +1,4 @@
-/* call.c - attention across the boundary: problems, plans in parts, attend, merge, scores, selection. */
+/* call.c - attention across the boundary: problems, parts, attend, merge, scores, selection. */
 #include "python/call.h"
 
 #include <math.h>
@@ -34,6 +34,7 @@ py_masks(py_call *call, PyObject *mask, PyObject *key_mask, sa_problem *p)
 int
 py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arrays)
 {
+    const double any = INFINITY; /* the core refuses what is not finite */
     int64_t causal;
 
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) {
@@ -46,8 +47,8 @@ py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arr
     arrays->bias = PyTuple_GET_ITEM(tuple, 4);
     arrays->key_mask = PyTuple_GET_ITEM(tuple, 5);
     if (py_int(call, PyTuple_GET_ITEM(tuple, 0), "causal", 0, 2, &causal) < 0 ||
-        py_real(call, PyTuple_GET_ITEM(tuple, 1), "scale", -INFINITY, INFINITY, &p->scale) < 0 ||
-        py_real(call, PyTuple_GET_ITEM(tuple, 2), "softcap", -INFINITY, INFINITY, &p->softcap) < 0 ||
+        py_real(call, PyTuple_GET_ITEM(tuple, 1), "scale", -any, any, &p->scale) < 0 ||
+        py_real(call, PyTuple_GET_ITEM(tuple, 2), "softcap", -any, any, &p->softcap) < 0 ||
         py_masks(call, arrays->mask, arrays->key_mask, p) < 0 ||
         py_view(call, arrays->bias, "bias", 4, PY_REAL, PY_OPTIONAL | PY_ANY_LAST, &p->bias) < 0) {
         return -1;
@@ -107,7 +108,23 @@ settle_masks(py_call *call, py_plan *plan, const sa_problem *given, sa_problem *
     return 0;
 }
 
-/* A Plan for all heads, or a tuple of (Plan, head_begin, head_end). *parts is the caller's to free. */
+/* The heads of one (Plan, head_begin, head_end). */
+static int
+read_heads(py_call *call, PyObject *entry, int64_t heads, sa_part *part)
+{
+    if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != 3) {
+        PyErr_SetString(call->state->dtype,
+                        "each of parts must be a tuple (plan, head_begin, head_end)");
+        return -1;
+    }
+    PyObject *const begin = PyTuple_GET_ITEM(entry, 1), *const end = PyTuple_GET_ITEM(entry, 2);
+    return py_int(call, begin, "head_begin", 0, heads, &part->head_begin) < 0 ||
+                   py_int(call, end, "head_end", 0, heads, &part->head_end) < 0
+               ? -1
+               : 0;
+}
+
+/* A Plan for all heads, or a tuple of (Plan, head_begin, head_end). The caller frees *parts. */
 static int
 read_parts(py_call *call, PyObject *object, sa_problem *p, sa_part **parts, int *n_parts)
 {
@@ -130,15 +147,7 @@ read_parts(py_call *call, PyObject *object, sa_problem *p, sa_part **parts, int 
         sa_part *part = &(*parts)[i];
         *part = (sa_part){.head_begin = 0, .head_end = p->heads};
         if (many) {
-            if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != 3) {
-                PyErr_SetString(call->state->dtype,
-                                "each of parts must be a tuple (plan, head_begin, head_end)");
-                return -1;
-            }
-            if (py_int(call, PyTuple_GET_ITEM(entry, 1), "head_begin", 0, p->heads,
-                       &part->head_begin) < 0 ||
-                py_int(call, PyTuple_GET_ITEM(entry, 2), "head_end", 0, p->heads,
-                       &part->head_end) < 0) {
+            if (read_heads(call, entry, p->heads, part) < 0) {
                 return -1;
             }
             entry = PyTuple_GET_ITEM(entry, 0);

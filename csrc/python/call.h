@@ -11,10 +11,10 @@ typedef struct {
     PyObject *mask, *bias, *key_mask;
 } py_problem_arrays;
 
-/* (causal, scale, softcap, mask, bias, key_mask) into p, whose q, k and v stand already; then checked. */
+/* (causal, scale, softcap, mask, bias, key_mask) into p, with q, k and v in place; checked. */
 int py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arrays);
 
-/* The views of the two masks of a problem; None gives an absent one. Shapes are checked by the core. */
+/* The views of the two masks of a problem; None: absent. The core checks the shapes. */
 int py_masks(py_call *call, PyObject *mask, PyObject *key_mask, sa_problem *p);
 
 #endif

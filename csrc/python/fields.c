@@ -1,4 +1,4 @@
-/* fields.c - one reader for the options of every variant, so that a new one adds no binding code. */
+/* fields.c - one reader for the options of every variant: a new one adds no binding code. */
 #include "python/fields.h"
 
 #include <string.h>
@@ -68,8 +68,8 @@ read_ints(const reader *r, PyObject *value, sa_ints *out)
     out->count = PyTuple_GET_SIZE(items);
     int status = 0;
     if (out->count > SA_INTS_MAX) {
-        PyErr_Format(r->call->state->argument, "%s must have at most %d entries, got %lld", r->label,
-                     SA_INTS_MAX, (long long)out->count);
+        PyErr_Format(r->call->state->argument, "%s must have at most %d entries, got %lld",
+                     r->label, SA_INTS_MAX, (long long)out->count);
         status = -1;
     }
     for (int64_t i = 0; i < out->count && status == 0; i++) {
@@ -95,13 +95,13 @@ read_array(const reader *r, PyObject *params, sa_view *out)
     }
     if (!value) {
         PyErr_Format(r->call->state->argument,
-                     "%s needs the array %s; pass params={\"%s\": ...} with a bool array",
-                     r->owner, name, name);
+                     "%s needs the array %s; pass params={\"%s\": ...} with a bool array", r->owner,
+                     name, name);
         return -1;
     }
     const int axes = PyArray_Check(value) ? PyArray_NDIM((PyArrayObject *)value) : 1;
-    const int status = py_view(r->call, value, name, Py_MIN(Py_MAX(axes, 1), 4),
-                               PY_DTYPE(SA_BOOL), PY_ANY_LAST, out);
+    const int status = py_view(r->call, value, name, Py_MIN(Py_MAX(axes, 1), 4), PY_DTYPE(SA_BOOL),
+                               PY_ANY_LAST, out);
     Py_DECREF(value);
     return status;
 }

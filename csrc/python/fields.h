@@ -1,4 +1,4 @@
-/* fields.h - options of a variant read from any object whose attributes carry the record's fields. */
+/* fields.h - options of a variant read from the attributes of any object. */
 #ifndef SA_PY_FIELDS_H
 #define SA_PY_FIELDS_H
 
@@ -6,8 +6,8 @@
 
 #include "engine/planner.h"
 
-/* Fills opts (planner->opts_size bytes, zeroed) from the attributes of spec and, for arrays, from the
- * mapping params (or None). -1 with an exception that names class, field, range and value. */
+/* Fills opts (planner->opts_size bytes, zeroed) from the attributes of spec and, for arrays, from
+ * the mapping params (or None). -1 with an exception that names class, field, range and value. */
 int py_fields_read(py_call *call, const sa_planner *planner, PyObject *spec, PyObject *params,
                    void *opts);
 

@@ -24,7 +24,7 @@ finalizing(void)
 #endif
 }
 
-/* The poll of every context: nonzero when a signal handler raised. On the calling thread, detached. */
+/* The poll of every context: nonzero when a signal handler raised. The caller is detached. */
 static int
 poll_signals(void *arg)
 {
@@ -100,7 +100,7 @@ py_call_status(py_call *call, sa_status status)
     if (status == SA_OK) {
         return 0;
     }
-    const char *words = call->ctx->message[0]  ? call->ctx->message
+    const char *words = call->ctx->message[0] ? call->ctx->message
                         : status == SA_ENOMEM ? "out of memory"
                                               : "stopped without a reason";
     PyErr_SetString(kinds[status], words);
@@ -195,7 +195,7 @@ add_errors(PyObject *module, py_state *s)
                      s->error, PyExc_RuntimeError);
 }
 
-/* Tells the core where OpenBLAS lies: beside the module when the name has a slash and is not absolute. */
+/* Tells the core where OpenBLAS lies: a relative name with a slash counts from the module. */
 static int
 find_blas(PyObject *module)
 {
@@ -289,7 +289,7 @@ static PyModuleDef_Slot module_slots[] = {
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
 #endif
 #ifdef Py_GIL_DISABLED
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* no state is shared but the core's own; not tested yet */
 #endif
     {0, NULL},
 };

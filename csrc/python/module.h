@@ -1,4 +1,4 @@
-/* module.h - what every binding shares: module state, one crossing, status to exception, method tables. */
+/* module.h - what every binding shares: module state, one crossing, method tables. */
 #ifndef SA_PY_MODULE_H
 #define SA_PY_MODULE_H
 
@@ -29,13 +29,13 @@ py_state_of(PyObject *module)
  * py_call_attach, py_call_status, py_call_end in any state. */
 typedef struct {
     py_state *state;
-    sa_ctx *ctx;    /* leased; its poll is the signal check */
+    sa_ctx *ctx; /* leased; its poll is the signal check */
     PyThreadState *thread;
     PyObject *held; /* list of strong references, or NULL   */
 } py_call;
 
-/* Zeroes the call, checks the count of positional arguments and leases a context. -1: exception set;
- * py_call_end is safe either way. */
+/* Zeroes the call, checks the count of positional arguments and leases a context. -1: exception
+ * set; py_call_end is safe either way. */
 int py_call_begin(py_call *call, PyObject *module, const char *name, Py_ssize_t nargs,
                   Py_ssize_t wanted);
 int py_call_hold(py_call *call, PyObject *object); /* a strong reference until py_call_end */

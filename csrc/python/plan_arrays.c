@@ -138,8 +138,9 @@ entry_of(py_call *call, PyObject *dict, const char *name)
 static int
 read_scalar(py_call *call, PyObject *dict, int i, sa_plan *plan)
 {
-    const int64_t max = scalars[i].kind == FLAG ? 1 : scalars[i].kind == SMALL ? INT32_MAX
-                                                                             : INT64_MAX / 2;
+    const int64_t max = scalars[i].kind == FLAG    ? 1
+                        : scalars[i].kind == SMALL ? INT32_MAX
+                                                   : INT64_MAX / 2;
     char *at = (char *)plan + scalars[i].offset;
     PyObject *value = entry_of(call, dict, scalars[i].name);
     int64_t number;
@@ -204,9 +205,10 @@ py_plan_read(py_call *call, PyObject *dict)
     }
     for (int i = 0; i < LENGTH(arrays); i++) {
         PyObject *value = entry_of(call, dict, arrays[i].name);
-        const int status = !value                                     ? -1
-                           : value == Py_None && arrays[i].optional ? 0
-                                                                      : copy_array(call, value, i, plan);
+        const int status = !value ? -1
+                           : value == Py_None && arrays[i].optional
+                               ? 0
+                               : copy_array(call, value, i, plan);
         Py_XDECREF(value);
         if (status < 0) {
             goto fail;

@@ -68,8 +68,9 @@ py_plan_problem(py_call *call, py_plan *self, int64_t kv_heads, sa_problem *p)
     return 0;
 }
 
-PyDoc_STRVAR(to_mask_doc,
-             "to_mask($self, /)\n--\n\nbool array (batch, heads, n_q, n_k): which keys a row sees.");
+PyDoc_STRVAR(
+    to_mask_doc,
+    "to_mask($self, /)\n--\n\nbool array (batch, heads, n_q, n_k): which keys a row sees.");
 
 static PyObject *
 plan_to_mask(PyObject *object, PyObject *const *Py_UNUSED(args), Py_ssize_t nargs)
@@ -108,10 +109,11 @@ done:
     return result;
 }
 
-PyDoc_STRVAR(count_doc,
-             "count($self, kv_heads, /)\n--\n\n"
-             "(kept, visible, union_rows) over all batches and heads: pairs that the plan shows, pairs\n"
-             "that causality and masks alone would show, K or V rows that an ideal reader must read.");
+PyDoc_STRVAR(
+    count_doc,
+    "count($self, kv_heads, /)\n--\n\n"
+    "(kept, visible, union_rows) over all batches and heads: pairs that the plan shows, pairs\n"
+    "that causality and masks alone would show, K or V rows that an ideal reader must read.");
 
 static PyObject *
 plan_count(PyObject *object, PyObject *const *args, Py_ssize_t nargs)
@@ -208,8 +210,11 @@ static PyMethodDef plan_methods[] = {
 PyDoc_STRVAR(plan_doc, "Which keys each query row sees; made by plan_build and its like.");
 
 static PyType_Slot plan_slots[] = {
-    {Py_tp_dealloc, plan_dealloc}, {Py_tp_doc, (void *)plan_doc}, {Py_tp_methods, plan_methods},
-    {Py_tp_getset, plan_getset},   {0, NULL},
+    {Py_tp_dealloc, plan_dealloc},
+    {Py_tp_doc, (void *)plan_doc},
+    {Py_tp_methods, plan_methods},
+    {Py_tp_getset, plan_getset},
+    {0, NULL},
 };
 
 PyType_Spec py_plan_spec = {

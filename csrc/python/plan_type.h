@@ -7,8 +7,7 @@
 #include "engine/plan.h"
 
 typedef struct {
-    PyObject_HEAD
-    sa_plan *plan;
+    PyObject_HEAD sa_plan *plan;
     PyObject *mask, *key_mask; /* the arrays the plan was built under, or None */
     sa_causal causal;
 } py_plan;
@@ -17,13 +16,13 @@ typedef struct {
 PyObject *py_plan_new(py_call *call, sa_plan *plan, sa_causal causal, PyObject *mask,
                       PyObject *key_mask);
 
-/* The plan behind an argument (borrowed and held by the call); NULL with an exception for any other. */
+/* The plan behind an argument, held by the call; NULL with an exception for anything else. */
 py_plan *py_plan_get(py_call *call, PyObject *object, const char *arg);
 
 /* A problem without tensors that carries the sizes, causality and masks of a plan. */
 int py_plan_problem(py_call *call, py_plan *self, int64_t kv_heads, sa_problem *p);
 
-/* Plan.arrays(): copies of every scalar and array; and the way back, private copies, not yet validated. */
+/* Plan.arrays(): copies of every scalar and array; and the way back, not yet validated. */
 PyObject *py_plan_write(const sa_plan *plan);
 sa_plan *py_plan_read(py_call *call, PyObject *dict);
 

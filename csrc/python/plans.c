@@ -1,4 +1,4 @@
-/* plans.c - plans across the boundary: built by a variant, from a mask, from arrays, from two plans. */
+/* plans.c - plans across the boundary: of a variant, a mask, arrays, two plans. */
 #include "python/arrays.h"
 
 #include <string.h>
@@ -53,9 +53,10 @@ finish(py_call *call, sa_status status, sa_plan *plan, sa_causal causal, PyObjec
     return py_plan_new(call, plan, causal, mask, key_mask);
 }
 
-PyDoc_STRVAR(plan_build_doc,
-             "plan_build(name, spec, params, q, k, problem, /)\n--\n\n"
-             "The Plan of a variant: its fields are attributes of spec, its arrays entries of params.");
+PyDoc_STRVAR(
+    plan_build_doc,
+    "plan_build(name, spec, params, q, k, problem, /)\n--\n\n"
+    "The Plan of a variant: its fields are attributes of spec, its arrays entries of params.");
 
 static PyObject *
 py_plan_build(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -94,8 +95,9 @@ done:
     return result;
 }
 
-PyDoc_STRVAR(plan_from_mask_doc, "plan_from_mask(mask, /)\n--\n\n"
-                                 "The Plan of a bool array (batch, heads, n_q, n_k), which it keeps.");
+PyDoc_STRVAR(plan_from_mask_doc,
+             "plan_from_mask(mask, /)\n--\n\n"
+             "The Plan of a bool array (batch, heads, n_q, n_k), which it keeps.");
 
 static PyObject *
 py_plan_from_mask(PyObject *module, PyObject *mask)
@@ -159,13 +161,14 @@ common_mask(py_call *call, PyObject *a, PyObject *b, const char *arg)
 {
     if (a != b && a != Py_None && b != Py_None) {
         PyErr_Format(call->state->argument,
-                     "the plans were built under different arrays as %s; build both under one", arg);
+                     "the plans were built under different arrays as %s; build both under one",
+                     arg);
         return NULL;
     }
     return a == Py_None ? b : a;
 }
 
-/* What the result stands under: a union only what both plans stand under, an intersection either. */
+/* What the result stands under: a union what both plans do, an intersection what either does. */
 static PyObject *
 finish_combine(py_call *call, sa_status status, sa_plan *plan, const py_plan *a, const py_plan *b,
                bool is_union, PyObject *mask, PyObject *key_mask)

@@ -1,4 +1,4 @@
-/* runtime.c - what runs: threads, instruction set, BLAS, memory counters, and two small benchmarks. */
+/* runtime.c - what runs: threads, instruction set, BLAS, memory, and two small benchmarks. */
 #include "python/module.h"
 
 #include <string.h>
@@ -19,7 +19,8 @@ seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-PyDoc_STRVAR(num_threads_doc, "num_threads()\n--\n\nThreads that kernels use, the caller included.");
+PyDoc_STRVAR(num_threads_doc,
+             "num_threads()\n--\n\nThreads that kernels use, the caller included.");
 
 static PyObject *
 py_num_threads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
@@ -94,8 +95,9 @@ py_set_isa(PyObject *module, PyObject *object)
     return NULL;
 }
 
-PyDoc_STRVAR(isa_refused_doc,
-             "isa_refused()\n--\n\nThe word in SPARSEATTN_ISA that could not be followed, or None.");
+PyDoc_STRVAR(
+    isa_refused_doc,
+    "isa_refused()\n--\n\nThe word in SPARSEATTN_ISA that could not be followed, or None.");
 
 static PyObject *
 py_isa_refused(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
@@ -117,8 +119,9 @@ py_blas_config(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
     return PyUnicode_DecodeFSDefault(sa_blas_config());
 }
 
-PyDoc_STRVAR(set_blas_path_doc,
-             "set_blas_path(path, /)\n--\n\nThe OpenBLAS library to open at first use; None: none.");
+PyDoc_STRVAR(
+    set_blas_path_doc,
+    "set_blas_path(path, /)\n--\n\nThe OpenBLAS library to open at first use; None: none.");
 
 static PyObject *
 py_set_blas_path(PyObject *Py_UNUSED(module), PyObject *object)
@@ -162,7 +165,8 @@ py_peak_reset(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(poison_doc, "poison(on, /)\n--\n\nFill new and freed memory with a pattern; for tests.");
+PyDoc_STRVAR(poison_doc,
+             "poison(on, /)\n--\n\nFill new and freed memory with a pattern; for tests.");
 
 static PyObject *
 py_poison(PyObject *Py_UNUSED(module), PyObject *object)
@@ -306,8 +310,7 @@ PyMethodDef py_runtime_methods[] = {
     {"poison", py_poison, METH_O, poison_doc},
     {"fail_set", py_fail_set, METH_O, fail_set_doc},
     {"trim", py_trim, METH_NOARGS, trim_doc},
-    {"bench_dispatch", PY_FAST(py_bench_dispatch),
-     bench_dispatch_doc},
+    {"bench_dispatch", PY_FAST(py_bench_dispatch), bench_dispatch_doc},
     {"bench_fma", PY_FAST(py_bench_fma), bench_fma_doc},
     {NULL, NULL, 0, NULL},
 };

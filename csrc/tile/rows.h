@@ -1,5 +1,5 @@
 /* rows.h - a second table beside sa_tile, per (ISA, real type): what the operators of a model do to one row.
- * Sums are double for both real types; void stands for the table's real type. */
+ * void stands for the table's real type; sums of one row's own entries are double for both. */
 #ifndef SA_ROWS_H
 #define SA_ROWS_H
 
@@ -16,6 +16,8 @@ typedef struct {
     void (*norm)(void *y, const void *x, const void *weight, const void *bias, int64_t n, double eps, bool centred);
     /* The largest of n >= 1 entries; *at: where, the first of equals. With a NaN: NaN, and where the first NaN is. */
     double (*peak)(const void *x, int64_t n, int64_t *at);
+    /* y[n] += a[k] b[k, n], b's rows ldb apart: the bits of a row of sa_tile's product, b read along its rows */
+    void (*times)(void *y, const void *a, const void *b, int64_t ldb, int64_t n, int64_t k);
     /* sum exp(x - top) */
     double (*exp_sum)(const void *x, int64_t n, double top);
     /* sums = { sum exp(x - x_top), sum exp(y - y_top), sum exp(x - x_top) ((x - x_top) - (y - y_top)) };

@@ -1,7 +1,7 @@
-/* tile_ops.h - the functions of rows.h: activations, norms, and the sums of losses.
+/* tile_ops.h - the functions of rows.h: activations, norms, the sums of losses, one row times a matrix.
  *
- * Arithmetic is double for both real types: a vector then holds half as many numbers, and in return float rows
- * come out within an ulp of the truth with no case analysis. Memory bounds these functions, not arithmetic.
+ * But for the last, arithmetic is double for both real types: a vector then holds half as many numbers, and in return float rows
+ * come out within an ulp of the truth with no case analysis. Products take far longer than all of this.
  */
 #include "tile/rows.h"
 
@@ -226,6 +226,13 @@ norm(void *y, const void *x, const void *weight, const void *bias, int64_t n, do
     }
 }
 
+/* Lanes that peak looks for: those that hold the maximum, or a NaN where there is one. */
+SA_INLINE vint
+wanted(vreal a, real top, bool has_nan)
+{
+    return has_nan ? a != a : a == vset(top);
+}
+
 static double
 peak(const void *x, int64_t n, int64_t *at)
 {
@@ -244,7 +251,10 @@ peak(const void *x, int64_t n, int64_t *at)
         has_nan |= row[i] != row[i];
         top = row[i] > top ? row[i] : top;
     }
-    for (i = 0; i < n - 1 && !(has_nan ? row[i] != row[i] : row[i] == top); i++) {
+    for (i = 0; i + LANES <= n && !vany(wanted(vload(row + i), top, has_nan)); i += LANES) {
+    }
+    while (i < n - 1 && !(has_nan ? row[i] != row[i] : row[i] == top)) {
+        i++;
     }
     *at = i;
     return (double)row[i];
@@ -277,10 +287,52 @@ kl_sums(const void *x, const void *y, int64_t n, double x_top, double y_top, dou
     sums[2] = wsum(d_sum);
 }
 
+/* Columns of `vecs` vectors, compile time. */
+SA_INLINE void
+times_strip(real *y, const int vecs, const real *a, const real *b, int64_t ldb, int64_t k)
+{
+    vreal acc[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < vecs; v++) {
+        acc[v] = vset(0);
+    }
+    for (int64_t t = 0; t < k; t++, b += ldb) {
+        const vreal x = vset(a[t]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) {
+            acc[v] += x * vload(b + v * LANES);
+        }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < vecs; v++) {
+        vstore(y + v * LANES, vload(y + v * LANES) + acc[v]);
+    }
+}
+
+static void
+times(void *y, const void *a, const void *b, int64_t ldb, int64_t n, int64_t k)
+{
+    int64_t j = 0;
+    for (; j + 4 * LANES <= n; j += 4 * LANES) {
+        times_strip((real *)y + j, 4, a, (const real *)b + j, ldb, k);
+    }
+    for (; j + LANES <= n; j += LANES) {
+        times_strip((real *)y + j, 1, a, (const real *)b + j, ldb, k);
+    }
+    for (; j < n; j++) {
+        real sum = 0;
+        for (int64_t t = 0; t < k; t++) {
+            sum += ((const real *)a)[t] * ((const real *)b)[t * ldb + j];
+        }
+        ((real *)y)[j] += sum;
+    }
+}
+
 const sa_rows SA_NAME(sa_rows) = {
     .activate = activate,
     .norm = norm,
     .peak = peak,
+    .times = times,
     .exp_sum = exp_sum,
     .kl_sums = kl_sums,
 };

@@ -1,6 +1,6 @@
 /* tile_select.h - selection: which scores of a row reach a threshold.
  *
- * A score reaches t unless it is less than t, so that NaN, which counts as the largest, always does.
+ * A score reaches t unless it is less than t: NaN, which counts as the largest, always does.
  */
 #define SELECT_GROUP 32 /* scores that one test passes over when none of them reaches t */
 

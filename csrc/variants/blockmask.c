@@ -1,6 +1,8 @@
-/* blockmask.c - whole blocks of keys, as a layout says. [Dao et al. 2022, arXiv:2205.14135, block-sparse FlashAttention]
+/* blockmask.c - whole blocks of keys, as a layout says. [Dao et al. 2022, arXiv:2205.14135,
+ * block-sparse FlashAttention]
  *
- * Row i sees key j where layout[h, i / block, j / block], of the keys that causality and masks allow.
+ * Row i sees key j where layout[h, i / block, j / block], of the keys that causality and masks
+ * allow.
  */
 #include "variants/variant.h"
 
@@ -20,21 +22,26 @@ check(sa_ctx *ctx, const sa_problem *p, const void *opts)
 {
     const sa_blockmask_opts *const o = opts;
     const int64_t *const size = o->layout.size;
-    const int64_t rows = (p->n_q + o->block - 1) / o->block, cols = (p->n_k + o->block - 1) / o->block;
+    const int64_t rows = (p->n_q + o->block - 1) / o->block,
+                  cols = (p->n_k + o->block - 1) / o->block;
     if (o->layout.data == NULL || o->layout.dtype != SA_BOOL) {
         return sa_fail(ctx, SA_ETYPE, "blockmask needs params={\"layout\": bool array}");
     }
-    if (size[0] == 1 && (size[1] == 1 || size[1] == p->heads) && size[2] == rows && size[3] == cols) {
+    if (size[0] == 1 && (size[1] == 1 || size[1] == p->heads) && size[2] == rows &&
+        size[3] == cols) {
         return SA_OK;
     }
     return sa_fail(ctx, SA_EINVAL,
-                   "layout must have shape (%lld or 1, %lld, %lld) for %lld x %lld positions in blocks of %lld, got (%lld, "
+                   "layout must have shape (%lld or 1, %lld, %lld) for %lld x %lld positions in "
+                   "blocks of %lld, got (%lld, "
                    "%lld, %lld)",
-                   (long long)p->heads, (long long)rows, (long long)cols, (long long)p->n_q, (long long)p->n_k,
-                   (long long)o->block, (long long)(size[0] * size[1]), (long long)size[2], (long long)size[3]);
+                   (long long)p->heads, (long long)rows, (long long)cols, (long long)p->n_q,
+                   (long long)p->n_k, (long long)o->block, (long long)(size[0] * size[1]),
+                   (long long)size[2], (long long)size[3]);
 }
 
-/* All rows of a row block lie in one row of the layout: about 64 rows that divide the layout's block, or all of it. */
+/* All rows of a row block lie in one row of the layout: about 64 rows that divide the layout's
+ * block, or all of it. */
 static void
 shape(const sa_problem *p, const void *opts, sa_plan_shape *shape)
 {

@@ -1,7 +1,8 @@
-/* topk.c - each query row keeps its k best-scoring visible keys. [Gupta et al. 2021, arXiv:2106.06899]
- * Ties go to the lower key, so the plan does not depend on threads. */
+/* topk.c - each query row keeps its k best-scoring visible keys. [Gupta et al. 2021,
+ * arXiv:2106.06899] Ties go to the lower key, so the plan does not depend on threads. */
 #include "variants/variant.h"
 
+#include "base/threads.h"
 #include "engine/score.h"
 #include "engine/select.h"
 
@@ -37,8 +38,8 @@ scratch(sa_ctx *ctx, const sa_problem *p, const void *opts, size_t *bytes)
     if (p->q.data == NULL || p->k.data == NULL) {
         return sa_fail(ctx, SA_EINVAL, "topk needs q and k to score keys; give both");
     }
-    *bytes = (size_t)(rows * p->n_k) * real + sa_select_scratch(p->n_k, kept) + (size_t)kept * sizeof(int32_t) +
-             sa_score_rows_scratch(p, rows) + 4 * SA_ALIGN;
+    *bytes = (size_t)(rows * p->n_k) * real + sa_select_scratch(p->n_k, kept) +
+             (size_t)kept * sizeof(int32_t) + sa_score_rows_scratch(p, rows) + 4 * SA_ALIGN;
     return SA_OK;
 }
 
@@ -58,7 +59,7 @@ emit(const sa_plan_task *t, sa_spans *spans)
     if (scores == NULL || among == NULL || best == NULL) {
         return sa_fail(t->ctx, SA_EINTERNAL, "topk: the scratch reserved is too small");
     }
-    for (int64_t i = t->begin; i < t->end && status == SA_OK && !sa_stopped(t->ctx); i += step) {
+    for (int64_t i = t->begin; i < t->end && status == SA_OK; i += step) {
         const int64_t end = SA_MIN(i + step, t->end);
         int64_t lo = p->n_k, hi = 0; /* keys that some row of the chunk sees */
         for (int64_t r = i; r < end; r++) {
@@ -67,18 +68,23 @@ emit(const sa_plan_task *t, sa_spans *spans)
                 hi = SA_MAX(hi, t->see_hi[r]);
             }
         }
+        if (sa_stop_asked(t->ctx, t->worker)) {
+            return SA_ESTOP;
+        }
         if (lo < hi) {
-            status = sa_score_rows(t->ctx, t->worker, p, t->batch, t->head, i, end, lo, hi, scores, hi - lo);
+            status = sa_score_rows(t->ctx, t->worker, p, t->batch, t->head, i, end, lo, hi, scores,
+                                   hi - lo);
         }
         for (int64_t r = i; r < end && status == SA_OK; r++) {
             const int64_t first = t->see_lo[r], n = t->see_hi[r] - first;
-            const void *const s = scores + (size_t)(n > 0 ? (r - i) * (hi - lo) + first - lo : 0) * real;
+            const void *const s =
+                scores + (size_t)(n > 0 ? (r - i) * (hi - lo) + first - lo : 0) * real;
             const int64_t found = f64 ? sa_select_largest_f64(s, n, o->k, best, among)
                                       : sa_select_largest_f32(s, n, o->k, best, among);
             status = sa_spans_row(spans, first, best, found);
         }
     }
-    return status ? status : sa_stopped(t->ctx) ? SA_ESTOP : SA_OK;
+    return status;
 }
 
 const sa_planner sa_planner_topk = {

@@ -1,16 +1,19 @@
-/* window.c - sliding window, with sinks and global columns. [Beltagy et al. 2020, arXiv:2004.05150; Xiao et al. 2023,
- * arXiv:2309.17453]
+/* window.c - sliding window, with sinks and global columns. [Beltagy et al. 2020, arXiv:2004.05150;
+ * Xiao et al. 2023, arXiv:2309.17453]
  *
- * Row i stands at key p(i) = i + n_k - n_q (bottom-right), or i when causality is top-left, and sees the keys j with
- *   p(i) - left <= j <= p(i) + right,  or j < sinks,  or j in globals
- * of those that causality and masks allow. Global columns only: a global token's own row is a row like the others.
+ * Row i stands at key p(i) = i + n_k - n_q (bottom-right), or i when causality is top-left. Of the
+ * keys that causality and masks allow it sees those with
+ *
+ *   p(i) - left <= j <= p(i) + right,   or j < sinks,   or j in globals
+ *
+ * Global columns only: a global token's own row is a row like the others.
  */
 #include "variants/variant.h"
 
 typedef struct {
     int64_t left, right; /* keys on either side of the row's own; -1: no bound */
     int64_t sinks;       /* the first keys, which all rows see                 */
-    sa_ints globals;     /* further keys that all rows see; those past the last key wait for longer inputs */
+    sa_ints globals;     /* further such keys; one past the last key is none   */
 } sa_window_opts;
 
 static const sa_field fields[] = {
@@ -71,7 +74,8 @@ hull_of(const sa_plan_task *t, const sa_row_block *rows)
 {
     window_hull w = {t->problem->n_k, 0, rows->all_lo, rows->all_hi};
     for (int64_t i = rows->begin; i < rows->end; i++) {
-        const int32_t lo = SA_MAX(t->band_lo[i], t->see_lo[i]), hi = SA_MIN(t->band_hi[i], t->see_hi[i]);
+        const int32_t lo = SA_MAX(t->band_lo[i], t->see_lo[i]),
+                      hi = SA_MIN(t->band_hi[i], t->see_hi[i]);
         w.all_lo = SA_MAX(w.all_lo, lo);
         w.all_hi = SA_MIN(w.all_hi, hi);
         if (lo < hi) {

@@ -65,12 +65,12 @@ class Recipe:
     """How it is trained."""
 
     seed: int = 0
-    steps: int = 9000
+    steps: int = 3700
     batch: int = 8
     muon_lr: float = 0.02
     adam_lr: float = 0.003
     warmup: int = 100
-    cooldown: float = 0.5  # the last part of the steps, in which the rates fall linearly to 0
+    cooldown: float = 0.45  # the last part of the steps, in which the rates fall linearly to 0
     decay: float = 0.1
     dropout: float = 0.1
     bpe_dropout: float = 0.1  # in half of the documents, but none in the last fifth of the steps

@@ -19,6 +19,7 @@ from sparseattn import _core
 from sparseattn.attention import Plan, attention
 from sparseattn.errors import SparseAttnError
 from sparseattn.evaluation.stats import Interval, bootstrap_median
+from sparseattn.evaluation.table import number
 from sparseattn.variants.base import Variant
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 
 LENGTHS = tuple(1 << n for n in range(9, 17))  # 512 ... 65,536
 MIN_REPEATS = 3
-MAX_REPEATS = 15
+MAX_REPEATS = 30
 MANY_REPEATS = 5  # wanted before more heads are
 PROBE_LENGTH = 512
 PEAK_LENGTH = 4096
@@ -44,6 +45,7 @@ WARM = 0.1  # seconds
 GROWTH = 4.0  # of the time per doubling, until two lengths have been measured
 SHARE = 3.0  # each length gets this many times the budget of the one before,
 LEAST = 0.02  # and at least this part of what is left
+MOST = 0.95  # of what is left, for a length that does not fit its share
 
 
 class Counter:
@@ -169,18 +171,21 @@ class Timer:
             yield result
 
     def _length(self, length: int) -> LengthTiming:
-        """Measure one length on as many heads, and as many of the specs, as its share allows."""
+        """Measure one length on as many heads as its share allows, of all specs that fit at all.
+
+        A length that does not fit its share may take all that is left: longer ones cost more
+        than their shares grow, so they would not fit after it either.
+        """
+        begin = time.perf_counter()
         n_left = len(self.lengths) - len(self.done)
         share = self.left * max(1 / sum(SHARE**i for i in range(n_left)), LEAST)
-        deadline = time.perf_counter() + share
         cost = self._predict(length)
         result = LengthTiming(length, 0, 0)
-        names = self._affordable(cost, share, result)
-        if not names:
-            return result
-        shape = self._fit(sum(cost[n] for n in names), share)
-        result.heads, result.kv_heads = shape.heads, shape.kv_heads
-        self._measure(result, names, shape, deadline)
+        names = self._affordable(cost, self.left * MOST, result)
+        if names:
+            shape = self._fit(sum(cost[n] for n in names), share)
+            result.heads, result.kv_heads = shape.heads, shape.kv_heads
+            self._measure(result, names, shape, begin + share, begin + self.left)
         return result
 
     def _predict(self, length: int) -> dict[str, float]:
@@ -214,15 +219,15 @@ class Timer:
             except SparseAttnError as error:
                 self.refused[name] = str(error)
 
-    def _affordable(self, cost: dict[str, float], share: float, result: LengthTiming) -> list[str]:
+    def _affordable(self, cost: dict[str, float], limit: float, result: LengthTiming) -> list[str]:
         """Names that fit on one key/value head; the dearest are left out first, dense last."""
         result.left_out.update(self.refused)
         names = [n for n in self.specs if n in cost]
-        while names and MIN_REPEATS * sum(cost[n] for n in names) > share:
+        while names and MIN_REPEATS * sum(cost[n] for n in names) > limit:
             dearest = max(names[1:] or names, key=lambda n: cost[n])
             names.remove(dearest)
             need = MIN_REPEATS * (cost[dearest] + (cost[names[0]] if names else 0.0))
-            result.left_out[dearest] = f"needs about {need:.2g} s of the time budget"
+            result.left_out[dearest] = f"needs about {number(need, 2)} s of the time budget"
         if len(names) == 1 < len(self.specs):
             return []  # dense alone is no comparison
         return names
@@ -234,8 +239,9 @@ class Timer:
         return self.shape.of_size(max(fitting, default=1))
 
     def _measure(
-        self, result: LengthTiming, names: list[str], shape: HeadShape, deadline: float
+        self, result: LengthTiming, names: list[str], shape: HeadShape, soon: float, latest: float
     ) -> None:
+        """Repeat all names in turn until `soon`, but often enough; give up before `latest`."""
         q, k, v = random_heads(shape, result.length, self.seed)
         out = np.empty_like(q)
         seconds: dict[str, list[float]] = {n: [] for n in names}
@@ -246,10 +252,15 @@ class Timer:
                 self.attend(q, k, v, self.specs[name], causal=True, out=out)
                 seconds[name].append(time.perf_counter() - start)
             now = time.perf_counter()
+            next_end = now + (now - begin)
             if turn == 0 and now - begin < WARM:  # a short first turn only warms up
                 seconds = {n: [] for n in names}
-            elif len(seconds[names[0]]) >= MIN_REPEATS and now + (now - begin) > deadline:
+            elif len(seconds[names[0]]) >= MIN_REPEATS and next_end > soon:
                 break
+            elif len(seconds[names[0]]) < MIN_REPEATS and next_end > latest:
+                reason = "took longer than the time budget allows"
+                result.left_out.update(dict.fromkeys(names, reason))
+                return
         result.seconds = seconds
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from sparseattn.errors import ArgumentError
 from sparseattn.evaluation.cost import Counter
-from sparseattn.evaluation.scores import BlockScore, LanguageModel, Scorer
 from sparseattn.evaluation.results import Records, check_writable
 from sparseattn.evaluation.rows import DENSE, check_specs, is_random, seeded
+from sparseattn.evaluation.scores import BlockScore, LanguageModel, Scorer
 from sparseattn.evaluation.text import Block, Text, cut_blocks, load_text, require_length
 from sparseattn.evaluation.trust import environment
 from sparseattn.progress import Bar, progress

@@ -14,8 +14,8 @@ import numpy as np
 
 from sparseattn.evaluation.cost import LengthTiming, wins_from
 from sparseattn.evaluation.job import Job
-from sparseattn.evaluation.scores import BlockScore
 from sparseattn.evaluation.rows import DENSE, Row
+from sparseattn.evaluation.scores import BlockScore
 from sparseattn.evaluation.stats import DRAWS, Interval, bootstrap_mean
 from sparseattn.evaluation.table import (
     Column,
@@ -246,7 +246,7 @@ def advice(rows: Sequence[dict[str, Any]], max_kl: float) -> dict[str, Any]:
     best = min(good, key=lambda r: (ratio_at(r, length) or math.inf, r["k_rows"] + r["v_rows"]))
     code = f'model(tokens, attention="{best["variant"]}")'
     ratio = ratio_at(best, length)
-    cost = f"keeps {percent(best['kept'])}"
+    cost = f"keeps {percent(best['kept'])} %"
     if ratio is not None:
         cost = f"takes {number(ratio)} of dense's attention time at N = {lengths_word(length)}"
     slow = "" if best["wins_from"] or ratio is None else " (so dense is the better choice here)"
@@ -334,8 +334,8 @@ def columns(data: dict[str, Any]) -> list[Column]:
     ):
         cells = [with_interval(interval(r[name]), sign=sign, scale=scale) for r in rows]
         add(head, cells, "quality")
-    add("perplexity", [number(r["perplexity"], 4) for r in rows], "quality")
-    for head, name in (("kept", "kept"), ("K rows", "k_rows"), ("V rows", "v_rows")):
+    add("ppl", [number(r["perplexity"], 4) for r in rows], "quality")
+    for head, name in (("kept %", "kept"), ("K %", "k_rows"), ("V %", "v_rows")):
         add(head, [percent(r[name]) for r in rows], "cost")
     add("tokens/s", [number(r["tokens_per_second"]) for r in rows], "cost")
     if data["timing"]:
@@ -394,8 +394,8 @@ def legend(data: dict[str, Any]) -> list[str]:
         "block. KL: KL(dense || variant), nats a token. top-1: share of tokens with the same "
         f"likeliest next one. ±: half the 95 % interval, bootstrap over {e['blocks']} blocks"
         f"{seeds}, {e['draws']:,} draws.",
-        "kept: of the visible query-key pairs. K, V rows: read, of the visible ones (union over a "
-        "group of query heads). tokens/s: whole model.",
+        "ppl: perplexity. kept %: of the visible query-key pairs. K %, V %: key and value rows "
+        "read, of the visible ones (union over a group of query heads). tokens/s: the whole model.",
     ]
     if any(row["budget"] for row in data["rows"]):
         lines.append("budget: share to keep; floor: random keys, ceiling: best keys by true score.")
@@ -453,7 +453,6 @@ def trust_lines(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def blas_word(config: Any) -> str:
-    """Return the BLAS in a few words."""
-    words = " ".join(str(config).split()) if config else "none (own tiles)"
-    return words if len(words) <= 70 else f"{words[:67]}..."
+def blas_word(config: str) -> str:
+    """Return name and version of the BLAS."""
+    return " ".join(config.split()[:2])

@@ -27,12 +27,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Return a share in percent: one decimal below 99.95, never rounded to 0 or to 100."""
+    """Return a share in percent, one decimal; never rounded to 0 or to 100."""
     if share is None or math.isnan(share):
         return "-"
     if share == 1:
-        return "100 %"
-    return f"{min(share * 100, 99.9):.1f} %" if share >= 0.001 else f"{share * 100:.1g} %"
+        return "100"
+    return f"{min(share * 100, 99.9):.1f}" if share >= 0.001 else f"{share * 100:.1g}"
 
 
 def with_interval(interval: Interval | None, *, sign: bool = False, scale: float = 1.0) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparseattn.attention import Plan, run
-from sparseattn.errors import ArgumentError, DtypeError
+from sparseattn.errors import ArgumentError, DtypeError, FileError
 from sparseattn.inputs import make_target, read_operands, read_problem
 from sparseattn.models.checkpoint import (
     Checkpoint,
@@ -114,8 +114,13 @@ class Model:
             values = {short: file.read(name) for short, name in names.items()}
         else:
             values = draw(family, config, check_seed(random_weights))
-        own = load_tokenizer(path if tokenizer is None else tokenizer)
-        return cls(family, config, values, own, path)
+        found = load_tokenizer(path if tokenizer is None else tokenizer)
+        if found is None and tokenizer is not None:
+            raise FileError(
+                f"tokenizer {show(str(tokenizer))} has neither tokenizer.json nor vocab.json "
+                "with merges.txt: give another"
+            )
+        return cls(family, config, values, found, path)
 
     def __repr__(self) -> str:
         c = self.config

@@ -29,11 +29,12 @@ bool check_that(bool ok, const char *file, int line, const char *format, ...)
 /* Closes the last case, prints the closing line, returns the exit code. */
 int check_end(void);
 
-/* Runs it in a forked child: what it returned (0 .. 100), or -1 when it was killed or took longer than
- * 20 seconds. */
+/* Runs it in a forked child: what it returned (0 .. 100), or -1 when it was killed or took longer
+ * than 20 seconds. */
 int check_child(int (*run)(void *arg), void *arg);
 
-/* Whether the error of `got` against `want` is at most `bound`; NaN equals NaN, infinities must agree. */
+/* Whether the error of `got` against `want` is at most `bound`; NaN equals NaN, infinities must
+ * agree. */
 bool check_near(double got, double want, double bound);
 
 /* A stream of numbers that is the same in every run. */
@@ -49,5 +50,12 @@ void sa_selftest_half(void);
 void sa_selftest_philox(void);
 void sa_selftest_pool(void);
 void sa_selftest_fork(void);
+void sa_selftest_tile_pack(void);
+void sa_selftest_tile_strip(void);
+void sa_selftest_tile_row(void);
+void sa_selftest_select(void);
+void sa_selftest_plan(void);
+void sa_selftest_attend(void);
+void sa_selftest_gemm(void);
 
 #endif

@@ -1,10 +1,12 @@
-/* reals.h - arrays of a table's real type, exactly as long as asked for, and the tables themselves. */
+/* reals.h - arrays of a table's real type, exactly as long as asked for, and the tables themselves.
+ */
 #ifndef SA_REALS_H
 #define SA_REALS_H
 
 #include "tile/tile.h"
 
-/* Calls run for both real types of every instruction set that this CPU has, then sets the best again. */
+/* Calls run for both real types of every instruction set that this CPU has, then sets the best
+ * again. */
 void each_table(void (*run)(const sa_tile *t));
 const char *table_name(const sa_tile *t);
 

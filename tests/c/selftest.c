@@ -1,4 +1,5 @@
-/* selftest.c - the core without Python, for sanitizers and emulators: .ci/selftest.sh builds and runs it.
+/* selftest.c - the core without Python, for sanitizers and emulators: .ci/selftest.sh builds and
+ * runs it.
  *
  * A new kernel adds a file with one function sa_selftest_<name>, declared in check.h, and a line in
  * the table. `selftest WORD` runs the functions whose name contains WORD.
@@ -21,6 +22,13 @@ static const struct {
     {"philox", sa_selftest_philox},
     {"pool", sa_selftest_pool},
     {"fork", sa_selftest_fork},
+    {"tile_pack", sa_selftest_tile_pack},
+    {"tile_strip", sa_selftest_tile_strip},
+    {"tile_row", sa_selftest_tile_row},
+    {"select", sa_selftest_select},
+    {"plan", sa_selftest_plan},
+    {"attend", sa_selftest_attend},
+    {"gemm", sa_selftest_gemm},
 };
 
 int
@@ -37,6 +45,6 @@ main(int argc, char **argv)
             CHECK(sa_breaches() == 0, "%lld red zones written over", (long long)sa_breaches());
         }
     }
-    printf("%s, ", sa_isa_name(sa_isa_now()));
+    printf("best instruction set here: %s\n", sa_isa_name(sa_isa_now()));
     return check_end();
 }

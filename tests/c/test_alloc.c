@@ -1,4 +1,5 @@
-/* test_alloc.c - counted memory, checked sizes, red zones, arenas, contexts, failing allocations. */
+/* test_alloc.c - counted memory, checked sizes, red zones, arenas, contexts, failing allocations.
+ */
 #include <string.h>
 
 #include "base/ctx.h"

@@ -1,5 +1,5 @@
-/* test_environment.c - what is read once: instruction set, thread count, control groups. Children stand
- * for fresh processes, so this runs before anything has been read. */
+/* test_environment.c - what is read once: instruction set, thread count, control groups. Children
+ * stand for fresh processes, so this runs before anything has been read. */
 #define _GNU_SOURCE /* mkdtemp, setenv */
 #include <limits.h>
 #include <stdio.h>

@@ -1,5 +1,5 @@
-/* test_philox.c - against numpy.random.Philox(key=key, counter=address).random_raw(4), where key and
- * address are uint64 arrays: NumPy rounds large integers of a list to float64. */
+/* test_philox.c - against numpy.random.Philox(key=key, counter=address).random_raw(4), where key
+ * and address are uint64 arrays: NumPy rounds large integers of a list to float64. */
 #include "base/philox.h"
 
 #include "check.h"

@@ -237,8 +237,8 @@ last_a_millisecond(sa_ctx *ctx, void *arg, int64_t task, int worker)
     return SA_OK;
 }
 
-/* Task 0 ends when another has begun; all others wait for the flag. So the caller waits, or has such a
- * task itself, and then must poll in it. */
+/* Task 0 ends when another has begun; all others wait for the flag. So the caller waits, or has
+ * such a task itself, and then must poll in it. */
 static sa_status
 wait_for_stop(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {

@@ -1,4 +1,5 @@
-/* test_tile_strip.c - the strip functions of every table against double loops: scores, softmax, values. */
+/* test_tile_strip.c - the strip functions of every table against double loops: scores, softmax,
+ * values. */
 #include <math.h>
 
 #include "base/alloc.h"
@@ -9,8 +10,8 @@ static const int dims[] = {1, 2, 3, 7, 16, 33, 64, 80, 129};
 static const int key_counts[] = {1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 24, 31, 63, 64};
 enum { N_DIMS = sizeof dims / sizeof *dims, N_KEYS = sizeof key_counts / sizeof *key_counts };
 
-/* A strip of `wide` queries in columns w apart, and n_keys keys; w > wide leaves columns that nobody
- * may touch. */
+/* A strip of `wide` queries in columns w apart, and n_keys keys; w > wide leaves columns that
+ * nobody may touch. */
 typedef struct {
     const sa_tile *t;
     int w, wide, n_keys, dim;
@@ -22,7 +23,13 @@ static strip
 make_strip(const sa_tile *t, int wide, int n_keys, int dim)
 {
     const int w = numbers_below(2) ? wide : wide + t->lanes;
-    return (strip){t, w, wide, n_keys, dim, real_random(t, (int64_t)dim * w, 1), rows_random(t, n_keys, dim, 1)};
+    return (strip){t,
+                   w,
+                   wide,
+                   n_keys,
+                   dim,
+                   real_random(t, (int64_t)dim * w, 1),
+                   rows_random(t, n_keys, dim, 1)};
 }
 
 static void
@@ -38,7 +45,8 @@ score_of(const strip *s, int j, int r, double *bound)
 {
     double sum = 0, size = 0;
     for (int c = 0; c < s->dim; c++) {
-        const double x = real_get(s->t, s->qt, (int64_t)c * s->w + r) * real_get(s->t, s->keys.row[j], c);
+        const double x =
+            real_get(s->t, s->qt, (int64_t)c * s->w + r) * real_get(s->t, s->keys.row[j], c);
         sum += x;
         size += fabs(x);
     }
@@ -75,9 +83,10 @@ check_scores(const sa_tile *t, const strip *s)
     for (int j = 0; j < s->n_keys; j++) {
         for (int r = 0; r < s->wide; r++) {
             double bound;
-            const double want = score_of(s, j, r, &bound), got = real_get(t, out, (int64_t)j * s->w + r);
-            CHECK(check_near(got, want, bound), "%d keys, dim %d, (%d, %d): %.9g, not %.9g", s->n_keys,
-                  s->dim, j, r, got, want);
+            const double want = score_of(s, j, r, &bound),
+                         got = real_get(t, out, (int64_t)j * s->w + r);
+            CHECK(check_near(got, want, bound), "%d keys, dim %d, (%d, %d): %.9g, not %.9g",
+                  s->n_keys, s->dim, j, r, got, want);
         }
     }
     CHECK(margin_untouched(s, out, s->n_keys), "wrote beyond %d of %d columns", s->wide, s->w);
@@ -123,8 +132,8 @@ check_exp_values(const strip *s, const void *p, const void *m, const void *l, co
             const double want = sees(clip, j, r) ? exp(score - top) : 0;
             const double relative = bound + (fabs(score) + fabs(top) + 8) * real_eps(t);
             const double got = real_get(t, p, (int64_t)j * s->w + r);
-            CHECK(check_near(got, want, want * relative + 1e-37), "%d keys, dim %d, (%d, %d): %g, not %g",
-                  s->n_keys, s->dim, j, r, got, want);
+            CHECK(check_near(got, want, want * relative + 1e-37),
+                  "%d keys, dim %d, (%d, %d): %g, not %g", s->n_keys, s->dim, j, r, got, want);
             sum += want;
             slack += want * relative;
         }
@@ -212,7 +221,8 @@ typedef struct {
     void *s, *m, *l, *o;
 } softmax;
 
-/* Rows of four kinds: ordinary, nothing seen before, nothing seen now, far above the old maximum. */
+/* Rows of four kinds: ordinary, nothing seen before, nothing seen now, far above the old maximum.
+ */
 static softmax
 make_softmax(const strip *s, int dim_v)
 {
@@ -244,8 +254,9 @@ make_softmax(const strip *s, int dim_v)
 static softmax
 copy_softmax(const strip *s, const softmax *x, int dim_v)
 {
-    return (softmax){real_copy(s->t, x->s, (int64_t)s->n_keys * s->w), real_copy(s->t, x->m, s->wide),
-                     real_copy(s->t, x->l, s->wide), real_copy(s->t, x->o, (int64_t)dim_v * s->w)};
+    return (softmax){real_copy(s->t, x->s, (int64_t)s->n_keys * s->w),
+                     real_copy(s->t, x->m, s->wide), real_copy(s->t, x->l, s->wide),
+                     real_copy(s->t, x->o, (int64_t)dim_v * s->w)};
 }
 
 static void
@@ -268,8 +279,8 @@ check_fold_row(const strip *s, const softmax *old, const softmax *x, int r, int 
     for (int j = 0; j < s->n_keys; j++) {
         high = fmax(high, real_get(t, old->s, (int64_t)j * s->w + r));
     }
-    CHECK(is >= was && (high == -INFINITY || is >= high - SA_STALE - 1e-4), "m %g after %g and %g", is, was,
-          high);
+    CHECK(is >= was && (high == -INFINITY || is >= high - SA_STALE - 1e-4), "m %g after %g and %g",
+          is, was, high);
     const double base = is == -INFINITY ? 0 : is, factor = was == -INFINITY ? 0 : exp(was - base);
     double sum = real_get(t, old->l, r) * factor;
     for (int j = 0; j < s->n_keys; j++) {
@@ -280,7 +291,8 @@ check_fold_row(const strip *s, const softmax *old, const softmax *x, int r, int 
         sum += want;
     }
     const double bound = (s->n_keys + 80) * real_eps(t);
-    CHECK(check_near(real_get(t, x->l, r), sum, bound * sum), "l %g, not %g", real_get(t, x->l, r), sum);
+    CHECK(check_near(real_get(t, x->l, r), sum, bound * sum), "l %g, not %g", real_get(t, x->l, r),
+          sum);
     for (int c = 0; c < dim_v; c++) {
         const int64_t at = (int64_t)c * s->w + r;
         const double want = real_get(t, old->o, at) * factor, got = real_get(t, x->o, at);
@@ -317,11 +329,13 @@ check_values(const sa_tile *t, const strip *s)
 {
     const int dim_v = s->dim;
     real_rows v = rows_random(t, s->n_keys, dim_v, 1);
-    void *p = real_random(t, (int64_t)s->n_keys * s->w, 1), *o = real_random(t, (int64_t)dim_v * s->w, 1);
+    void *p = real_random(t, (int64_t)s->n_keys * s->w, 1),
+         *o = real_random(t, (int64_t)dim_v * s->w, 1);
     for (int64_t i = 0; i < (int64_t)s->n_keys * s->w; i++) {
         real_put(t, p, i, numbers_below(4) ? fabs(real_get(t, p, i)) : 0);
     }
-    void *old = real_copy(t, o, (int64_t)dim_v * s->w), *chosen = real_copy(t, o, (int64_t)dim_v * s->w);
+    void *old = real_copy(t, o, (int64_t)dim_v * s->w),
+         *chosen = real_copy(t, o, (int64_t)dim_v * s->w);
     const void *const *row = (const void *const *)v.row;
     t->values(o, p, s->w, s->wide, row, s->n_keys, dim_v);
     t->values_select(chosen, p, s->w, s->wide, row, s->n_keys, dim_v);
@@ -335,7 +349,8 @@ check_values(const sa_tile *t, const strip *s)
                 size += fabs(x);
             }
             CHECK(check_near(real_get(t, o, at), sum, (s->n_keys + 2) * real_eps(t) * size),
-                  "%d keys, dim %d, (%d, %d): %g, not %g", s->n_keys, dim_v, c, r, real_get(t, o, at), sum);
+                  "%d keys, dim %d, (%d, %d): %g, not %g", s->n_keys, dim_v, c, r,
+                  real_get(t, o, at), sum);
             CHECK(real_same(t, o, chosen, at), "values_select differs at (%d, %d)", c, r);
         }
     }
@@ -367,13 +382,20 @@ check_table(const sa_tile *t)
     static const struct {
         const char *name;
         void (*run)(const sa_tile *t, const strip *s);
-    } parts[] = {{"scores", check_scores}, {"clip", check_clip}, {"fold", check_fold}, {"values", check_values}};
+    } parts[] = {{"scores", check_scores},
+                 {"clip", check_clip},
+                 {"fold", check_fold},
+                 {"values", check_values}};
 
     check_case("%s: sizes of the table", table_name(t));
-    CHECK(t->real_bytes * t->lanes >= 16 && t->strip_max % t->lanes == 0 && t->strip_max <= SA_STRIP_MAX,
+    CHECK(t->real_bytes * t->lanes >= 16 && t->strip_max % t->lanes == 0 &&
+              t->strip_max <= SA_STRIP_MAX,
           "%d lanes, strips of %d", t->lanes, t->strip_max);
     for (size_t i = 0; i < 6; i++) {
-        check_case("%s: %s", table_name(t), i < 4 ? parts[i].name : i == 4 ? "scores_exp" : "scores_exp, clipped");
+        check_case("%s: %s", table_name(t),
+                   i < 4    ? parts[i].name
+                   : i == 4 ? "scores_exp"
+                            : "scores_exp, clipped");
         for (int wide = t->lanes; wide <= t->strip_max; wide += t->lanes) {
             for (int k = 0; k < N_KEYS; k++) {
                 strip s = make_strip(t, wide, key_counts[k], dims[numbers_below(N_DIMS)]);

@@ -1,6 +1,7 @@
 """Attention by its definitions in plain float64 NumPy; never optimised, nothing of the package.
 
-``compute`` runs the same lines in another precision: the naive run that ours is compared with.
+``compute`` runs the same lines in another precision: the naive run that ours is compared with,
+every sum term by term in order (a BLAS splits sums, which no tolerance should hang on).
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ def repeat_heads(x: Array, heads: int) -> Array:
     return x[..., np.arange(heads) * x.shape[-3] // heads, :, :]
 
 
+def product(a: Array, b: Array) -> Array:
+    """a @ b, each sum term by term in the type of a."""
+    total = np.zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
+    for c in range(a.shape[-1]):
+        total += a[..., :, c, None] * b[..., None, c, :]
+    return total
+
+
 def scores(
     q: Array,
     k: Array,
@@ -30,7 +39,7 @@ def scores(
     q = q.astype(compute)
     k = repeat_heads(k, q.shape[-3]).astype(compute)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    s = compute(scale) * (q @ k.swapaxes(-1, -2))
+    s = compute(scale) * product(q, k.swapaxes(-1, -2))
     if softcap:
         s = compute(softcap) * np.tanh(s / compute(softcap))
     return s if bias is None else s + bias.astype(compute)
@@ -120,7 +129,8 @@ def attention(
     v = repeat_heads(v, q.shape[-3]).astype(compute)
     # An unseen value counts nothing, whatever it holds: 0 * NaN is not 0.
     used = see.any(-2)
-    return w @ np.where(used[..., None], v, v.dtype.type(0)), lse
+    v = np.where(used[..., None], v, v.dtype.type(0))
+    return product(w, v), lse
 
 
 def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

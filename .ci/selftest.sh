@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Builds the core without Python together with tests/c and runs it. Without CFLAGS: once as released, once
+# under AddressSanitizer and UBSan; with CFLAGS: once with those. CC and JOBS are read, too.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$root"
+
+export CC=${CC:-gcc}
+jobs=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
+always="-std=c11 -ffp-contract=fast -fvisibility=hidden -fno-math-errno -fno-trapping-math
+    -Wall -Wextra -Werror -Icsrc -Itests/c"
+sanitizers="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+passed=0
+
+# run FLAGS: builds into a fresh folder, runs, adds what passed.
+run() {
+    local objects line
+    objects=$(mktemp -d -p "$work")
+    export flags="$always $1" objects
+    printf '%s: %s\n' "$CC" "$1"
+    find csrc/base csrc/tile csrc/engine csrc/variants csrc/grad tests/c -name '*.c' -print0 |
+        xargs -0 -P "$jobs" -I{} bash -c '$CC $flags -c {} -o "$objects/$(echo {} | tr / _).o"'
+    # shellcheck disable=SC2086 # flags are words
+    $CC $flags "$objects"/*.o -o "$objects/selftest" -lpthread -lm -ldl
+    ASAN_OPTIONS=${ASAN_OPTIONS:-halt_on_error=1} UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1} \
+        "$objects/selftest" | tee "$objects/output"
+    line=$(tail -n 1 "$objects/output")
+    [[ $line =~ ^([0-9]+)\ passed,\ 0\ failed$ ]]
+    passed=$((passed + BASH_REMATCH[1]))
+}
+
+if [ -n "${CFLAGS:-}" ]; then
+    run "$CFLAGS"
+else
+    run "-O3"
+    run "$sanitizers"
+fi
+printf '%d passed, 0 failed\n' "$passed"
