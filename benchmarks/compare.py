@@ -2,8 +2,8 @@
 
     python benchmarks/compare.py --before OLD_VENV/bin/python --after NEW_VENV/bin/python
 
-For every dense and sparse case: the ratio before / after (above 1 is faster now) with its 95 % interval. What stood
-keeps its place when the interval includes 0.97 or more.
+For every dense and sparse case: the ratio before / after (above 1 is faster now) with its 95 %
+interval. What stood keeps its place when the interval includes 0.97 or more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def interval(ratios: np.ndarray) -> tuple[float, float]:
 
 def main() -> int:
     """Exit code 1 when some interval ends below 0.97."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--before", required=True, help="python of the older installation")
     parser.add_argument("--after", default=sys.executable, help="python of the newer one")
     parser.add_argument("--rounds", type=int, default=15)
@@ -46,13 +48,20 @@ def main() -> int:
     after = Worker(args.threads, env=env, python=args.after)
     lost = 0
     for shape in SHAPES:
-        asks = {"before": Ask(before, "ours_call", dict(shape)), "after": Ask(after, "ours_call", dict(shape))}
+        asks = {
+            "before": Ask(before, "ours_call", dict(shape)),
+            "after": Ask(after, "ours_call", dict(shape)),
+        }
         found = interleave(asks, args.rounds)
         ratios = np.array(found["before"]) / np.array(found["after"])
         low, high = interval(ratios)
         lost += high < 0.97
         words = " ".join(f"{key}={value}" for key, value in shape.items())
-        print(f"{words:<58} {np.median(ratios):.3f} [{low:.3f}, {high:.3f}] {'LOST' if high < 0.97 else 'kept'}", flush=True)
+        print(
+            f"{words:<58} {np.median(ratios):.3f} [{low:.3f}, {high:.3f}]",
+            "LOST" if high < 0.97 else "kept",
+            flush=True,
+        )
     before.close()
     after.close()
     return int(lost > 0)

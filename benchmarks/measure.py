@@ -18,13 +18,26 @@ HERE = pathlib.Path(__file__).resolve().parent
 class Worker:
     """A child process with a library and a thread count of its own."""
 
-    def __init__(self, threads: int, library: str = "sparseattn", env: dict[str, str] | None = None,
-                 python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        threads: int,
+        library: str = "sparseattn",
+        env: dict[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> None:
         words = [python, str(HERE / "worker.py"), str(threads), library]
-        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), **(env or {}))
+        environment = dict(
+            os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), **(env or {})
+        )
         environment.pop("PYTHONPATH", None)
-        self.child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-                                      cwd=os.environ.get("TMPDIR", "/tmp"))
+        self.child = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=os.environ.get("TMPDIR", "/tmp"),
+        )
 
     def ask(self, job: str, seconds: float = 0.03, forget: bool = False, **args: Any) -> float:
         """One measurement; raises RuntimeError with the worker's words."""
@@ -61,7 +74,7 @@ class Ask:
 
 
 def interleave(asks: dict[str, Ask], rounds: int, gap: float = 0.0) -> dict[str, list[float]]:
-    """Every ask once a round, in turn, ``gap`` seconds of rest between (threads of the last one stop spinning)."""
+    """Every ask once a round, in turn; in the ``gap`` the threads of the last one stop spinning."""
     found: dict[str, list[float]] = {name: [] for name in asks}
     for _ in range(rounds):
         for name, ask in asks.items():
@@ -79,6 +92,7 @@ def ratio(top: list[float], bottom: list[float]) -> tuple[float, float, float]:
 
 def idle_share(seconds: float = 0.5) -> float:
     """Share of all CPUs that did nothing for a moment (Linux); nan elsewhere."""
+
     def read() -> tuple[int, int]:
         words = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]
         return int(words[3]) + int(words[4]), sum(int(w) for w in words[:8])

@@ -1,12 +1,12 @@
 """Speed of sparseattn: a correctness gate, then ratios in one run.
 
     python benchmarks/run.py --check            the gate alone (what continuous integration runs)
-    python benchmarks/run.py                    everything; rows against PyTorch are left out where it is absent
+    python benchmarks/run.py                    everything (rows against PyTorch where it is)
     python benchmarks/run.py --rows dense,sparse --rounds 15 --json out.json
 
-No kernel is timed before its result matches a float64 reference. Times are medians of interleaved rounds; only ratios
-of one run mean anything, so S (OpenBLAS's sgemm of 1024) and P (a register-only loop of multiply-adds) are
-measured in the same rounds.
+No kernel is timed before its result matches a float64 reference. Times are medians of interleaved
+rounds; only ratios of one run mean anything, so S (OpenBLAS's sgemm of 1024) and P (a register-only
+loop of multiply-adds) are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> 
 
 
 def gate(case: Case) -> float:
-    """Largest error of the case at a small shape of the same kind, on every instruction set of this machine."""
+    """Largest error of the case at a small shape, over every instruction set of this machine."""
     import sparseattn as sa
     from sparseattn import _core
 
@@ -67,7 +67,9 @@ def check() -> bool:
     for case in CASES:
         error = gate(case)
         good &= error <= CEILING
-        print(f"  {case.name:<20} largest error {error:.1e}  {'ok' if error <= CEILING else 'WRONG'}")
+        print(
+            f"  {case.name:<20} largest error {error:.1e}  {'ok' if error <= CEILING else 'WRONG'}"
+        )
     print(f"{len(CASES)} passed, 0 failed" if good else "correctness gate failed")
     return good
 
@@ -76,8 +78,10 @@ def line(r: Result) -> str:
     """One row of the table."""
     sign = "<=" if r.at_most else ">="
     state = "reached" if r.reached else "SHORT"
-    return (f"{r.row:>3}  {r.what:<58} {r.median:7.3g} {r.unit:<5} [{r.low:.3g}, {r.high:.3g}]  "
-            f"floor {sign} {r.floor:<5g} {state:<8} {r.note}")
+    return (
+        f"{r.row:>3}  {r.what:<58} {r.median:7.3g} {r.unit:<5} [{r.low:.3g}, {r.high:.3g}]  "
+        f"floor {sign} {r.floor:<5g} {state:<8} {r.note}"
+    )
 
 
 def table(names: list[str], rounds: int) -> list[Result]:
@@ -95,10 +99,14 @@ def table(names: list[str], rounds: int) -> list[Result]:
 
 
 def main() -> int:
-    """Exit code 1 when the gate fails; a row that is short is printed as short, and is not an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Exit code 1 when the gate fails; a row that is short is printed so, and is no error."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="the correctness gate alone")
-    parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated: {', '.join(ROWS)}")
+    parser.add_argument(
+        "--rows", default=",".join(ROWS), help=f"comma-separated: {', '.join(ROWS)}"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
@@ -114,10 +122,16 @@ def main() -> int:
         print("rows against PyTorch are left out: torch is not installed")
     print(sa.show_config())
     idle = idle_share()
-    print(f"idle share of the CPUs before the run: {idle:.0%}" + ("  (below 93 %: figures are spoiled)" if idle < 0.93 else ""))
+    print(
+        f"idle share of the CPUs before the run: {idle:.0%}"
+        + ("  (below 93 %: figures are spoiled)" if idle < 0.93 else "")
+    )
     results = table(names, args.rounds)
     if args.json:
-        data: dict[str, Any] = {"idle": idle, "rows": [asdict(r) | {"reached": r.reached} for r in results]}
+        data: dict[str, Any] = {
+            "idle": idle,
+            "rows": [asdict(r) | {"reached": r.reached} for r in results],
+        }
         args.json.write_text(json.dumps(data, indent=1))
     short = [r for r in results if not r.reached]
     print(f"{len(results) - len(short)} of {len(results)} rows reach their floor")

@@ -1,8 +1,9 @@
 """A child process that times one kind of thing at a time, on request.
 
-The parent starts one worker per library and thread count and asks them in turn, because the thread pools of two
-libraries in one process disturb each other. A request is one JSON line ``{"job": name, "args": {...},
-"seconds": s}``; the answer is ``{"seconds": per call, "calls": n, "work": ...}`` or ``{"error": text}``.
+The parent starts one worker per library and thread count and asks them in turn, because the thread
+pools of two libraries in one process disturb each other. A request is one JSON line
+``{"job": name, "args": {...}, "seconds": s}``; the answer is ``{"value": seconds per call,
+"calls": n}`` or ``{"error": text}``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def layout(heads: int, n: int, block: int, share: float) -> np.ndarray:
     return np.array(rows).reshape(heads, blocks, blocks)
 
 
-def ours(heads: int, n: int, dim: int, causal: bool = False, spec: str | None = None, share: float = 0.0) -> Call:
+def ours(
+    heads: int, n: int, dim: int, causal: bool = False, spec: str | None = None, share: float = 0.0
+) -> Call:
     """sparseattn.attention; the plan of a pattern is built outside the timed call."""
     import sparseattn as sa
 
@@ -70,7 +73,9 @@ def sgemm(n: int = 1024, threads: int = 1) -> Call:
     pointers = [x.ctypes.data_as(ctypes.c_void_p) for x in (a, b, c)]
 
     def call() -> None:
-        blas.scipy_cblas_sgemm(101, 111, 111, n, n, n, one, pointers[0], n, pointers[1], n, zero, pointers[2], n)
+        blas.scipy_cblas_sgemm(
+            101, 111, 111, n, n, n, one, pointers[0], n, pointers[1], n, zero, pointers[2], n
+        )
 
     call.keep = (a, b, c)  # type: ignore[attr-defined]
     return call
@@ -140,13 +145,14 @@ def torch_flex(heads: int, n: int, dim: int, window: int) -> Call:
 
 
 JOBS: dict[str, Callable[..., Call]] = {
-    f.__name__: f for f in (ours, ours_call, sgemm, fma, dispatch, select, idle, torch_sdpa, torch_flex)
+    f.__name__: f
+    for f in (ours, ours_call, sgemm, fma, dispatch, select, idle, torch_sdpa, torch_flex)
 }
 REPORTS_ITSELF = {"fma", "dispatch", "select", "idle"}
 
 
 def measure(name: str, call: Call, seconds: float) -> dict[str, Any]:
-    """Time per call over at least ``seconds`` (one call at least), or what the call reports of itself."""
+    """Time per call over at least ``seconds``, or what the call reports of itself."""
     calls, total, reports = 0, 0.0, []
     begin = time.perf_counter()
     while calls == 0 or total < seconds:

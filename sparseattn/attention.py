@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparseattn import _core
 from sparseattn.errors import ArgumentError, NotSupported
@@ -27,8 +26,11 @@ from sparseattn.inputs import (
     to_real,
 )
 from sparseattn.plan import Plan, plan, refuse_keywords
-from sparseattn.rows import Weights, dense_weights
-from sparseattn.variants.base import Params, Piece, Problem, Variant, parse
+from sparseattn.variants.base import Piece, Problem, Variant, parse
+from sparseattn.weights import Weights, dense_weights
+
+if TYPE_CHECKING:
+    from sparseattn.variants.base import Array, Params
 
 __all__ = [
     "Plan",
@@ -38,8 +40,6 @@ __all__ = [
     "plan",
     "scaled_dot_product_attention",
 ]
-
-Array = NDArray[Any]
 
 KEYWORDS = (
     *("params", "causal", "scale", "mask", "key_mask", "bias", "softcap", "dropout_p", "seed"),

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparseattn.errors import ArgumentError, DtypeError
 from sparseattn.variants.base import Problem
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from sparseattn.variants.base import Array
 
 CPU_DEVICES = (1, 3, 11)  # DLPack's CPU, and pinned host memory of CUDA and ROCm
 REAL = ("float32", "float64")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparseattn import _core
 from sparseattn.errors import ArgumentError, UnknownArgument
 from sparseattn.inputs import Operands, check_params, read_bool, read_operands, read_problem
-from sparseattn.rows import Rows
 from sparseattn.variants.base import Piece, Problem, Variant, parse
+from sparseattn.weights import Rows
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from sparseattn.variants.base import Array
 
 MOD_ROWS = 1024  # rows of a mask_mod evaluated at once
 PICTURE = 64  # cells a side

@@ -82,9 +82,7 @@ def test_what_is_masked_has_no_effect(spec: Variant, n_q: int, bad: float, isa: 
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_what_is_not_selected_has_no_effect(
-    spec: Variant, n_q: int, bad: float, isa: str
-) -> None:
+def test_what_is_not_selected_has_no_effect(spec: Variant, n_q: int, bad: float, isa: str) -> None:
     """Values that a row does not keep; keys too, where keys are not read to select."""
     shape, q, k, v, call = setting(spec, n_q, seed=3, causal=False)
     kept = sa.plan(q, k, spec, **call).to_mask()
@@ -119,7 +117,7 @@ def test_nan_in_use_stays_in_its_rows(spec: Variant, n_q: int, where: str, isa: 
         seen = kept[..., j]
     got = run(*arrays.values(), spec, call)
     hit = touched & seen
-    assert hit.any() or not sa.plan(q, k, spec, **call).to_mask()[1, -1].any()
+    assert hit.any() or (where == "q" and spec.kind == "intersection")  # parts need not meet
     assert_same_bits(got, before, ~touched | ~seen if where == "v" else ~touched)
     if where == "v":
         assert np.isnan(got.out[hit][:, 3]).all()

@@ -58,7 +58,8 @@ int py_real(py_call *call, PyObject *object, const char *arg, double min, double
 /* Method tables; each ends with an empty entry. */
 extern PyMethodDef py_call_methods[];    /* call.c: attend, merge, scores           */
 extern PyMethodDef py_plan_methods[];    /* plans.c: build, combine, describe       */
-extern PyMethodDef py_runtime_methods[]; /* runtime.c: threads, ISA, memory, bench  */
+extern PyMethodDef py_runtime_methods[]; /* runtime.c: threads, ISA, memory         */
+extern PyMethodDef py_bench_methods[];   /* bench.c: what the benchmarks call       */
 extern PyMethodDef sa_ops_methods[];     /* ops.c: operators of models              */
 extern PyType_Spec py_plan_spec;         /* plan_type.c                             */
 

@@ -1,23 +1,12 @@
-/* runtime.c - what runs: threads, instruction set, BLAS, memory, and two small benchmarks. */
+/* runtime.c - what runs: threads, instruction set, BLAS, memory. */
 #include "python/module.h"
 
 #include <string.h>
-#include <time.h>
 
 #include "base/alloc.h"
 #include "base/cpu.h"
 #include "base/threads.h"
 #include "engine/gemm.h"
-#include "tile/tile.h"
-
-static double
-seconds(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 PyDoc_STRVAR(num_threads_doc,
              "num_threads()\n--\n\nThreads that kernels use, the caller included.");
@@ -205,96 +194,6 @@ py_trim(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
-static sa_status
-empty_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
-{
-    (void)ctx, (void)arg, (void)task, (void)worker;
-    return SA_OK;
-}
-
-PyDoc_STRVAR(bench_dispatch_doc, "bench_dispatch(rounds, n_tasks, /)\n--\n\n"
-                                 "Seconds that one parallel region of n_tasks empty tasks takes.");
-
-static PyObject *
-py_bench_dispatch(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    py_call call;
-    PyObject *result = NULL;
-    int64_t rounds, n_tasks;
-
-    if (py_call_begin(&call, module, "bench_dispatch", nargs, 2) < 0 ||
-        py_int(&call, args[0], "rounds", 1, INT32_MAX, &rounds) < 0 ||
-        py_int(&call, args[1], "n_tasks", 0, INT32_MAX, &n_tasks) < 0) {
-        goto done;
-    }
-    py_call_detach(&call);
-    sa_status status = SA_OK;
-    const double begin = seconds();
-    for (int64_t r = 0; r < rounds && status == SA_OK; r++) {
-        status = sa_parallel(call.ctx, n_tasks, empty_task, NULL);
-    }
-    const double taken = seconds() - begin;
-    py_call_attach(&call);
-    if (py_call_status(&call, status) == 0) {
-        result = PyFloat_FromDouble(taken / (double)rounds);
-    }
-done:
-    py_call_end(&call);
-    return result;
-}
-
-typedef struct {
-    int64_t rounds;
-    double flops[SA_MAX_THREADS];
-} fma_work;
-
-static sa_status
-fma_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
-{
-    fma_work *work = arg;
-
-    (void)ctx, (void)worker;
-    work->flops[task] = sa_tile_for(false)->fma_peak(work->rounds);
-    return SA_OK;
-}
-
-PyDoc_STRVAR(bench_fma_doc,
-             "bench_fma(rounds, threads, /)\n--\n\n"
-             "Float32 flops per second of a register-only multiply-add loop on that many threads.");
-
-static PyObject *
-py_bench_fma(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    py_call call;
-    PyObject *result = NULL;
-    fma_work work = {0};
-    int64_t threads;
-
-    if (py_call_begin(&call, module, "bench_fma", nargs, 2) < 0 ||
-        py_int(&call, args[0], "rounds", 1, INT64_MAX, &work.rounds) < 0 ||
-        py_int(&call, args[1], "threads", 1, SA_MAX_THREADS, &threads) < 0) {
-        goto done;
-    }
-    py_call_detach(&call);
-    const int before = sa_num_threads();
-    double flops = 0;
-    sa_num_threads_set((int)threads);
-    const double begin = seconds();
-    const sa_status status = sa_parallel(call.ctx, threads, fma_task, &work);
-    const double taken = seconds() - begin;
-    sa_num_threads_set(before);
-    for (int64_t t = 0; t < threads; t++) {
-        flops += work.flops[t];
-    }
-    py_call_attach(&call);
-    if (py_call_status(&call, status) == 0) {
-        result = PyFloat_FromDouble(flops / taken);
-    }
-done:
-    py_call_end(&call);
-    return result;
-}
-
 PyMethodDef py_runtime_methods[] = {
     {"num_threads", py_num_threads, METH_NOARGS, num_threads_doc},
     {"set_num_threads", py_set_num_threads, METH_O, set_num_threads_doc},
@@ -310,7 +209,5 @@ PyMethodDef py_runtime_methods[] = {
     {"poison", py_poison, METH_O, poison_doc},
     {"fail_set", py_fail_set, METH_O, fail_set_doc},
     {"trim", py_trim, METH_NOARGS, trim_doc},
-    {"bench_dispatch", PY_FAST(py_bench_dispatch), bench_dispatch_doc},
-    {"bench_fma", PY_FAST(py_bench_fma), bench_fma_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -287,11 +287,10 @@ kl_sums(const void *x, const void *y, int64_t n, double x_top, double y_top, dou
     sums[2] = wsum(d_sum);
 }
 
-/* Columns of `vecs` vectors, compile time. */
+/* Columns of `vecs` vectors, compile time: acc[v] = a[k] b[k, ..]. */
 SA_INLINE void
-times_strip(real *y, const int vecs, const real *a, const real *b, int64_t ldb, int64_t k)
+times_strip(vreal *acc, const int vecs, const real *a, const real *b, int64_t ldb, int64_t k)
 {
-    vreal acc[4];
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; v++) {
         acc[v] = vset(0);
@@ -303,28 +302,45 @@ times_strip(real *y, const int vecs, const real *a, const real *b, int64_t ldb, 
             acc[v] += x * vload(b + v * LANES);
         }
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < vecs; v++) {
-        vstore(y + v * LANES, vload(y + v * LANES) + acc[v]);
+}
+
+/* The last n < LANES columns. In vectors too: a scalar loop might round products and sums apart. */
+static void
+times_rest(real *y, const real *a, const real *b, int64_t ldb, int64_t n, int64_t k)
+{
+    real lane[LANES] = {0};
+    vreal acc = vset(0);
+    for (int64_t t = 0; t < k; t++) {
+        for (int64_t l = 0; l < n; l++) {
+            lane[l] = b[t * ldb + l];
+        }
+        acc += vset(a[t]) * vload(lane);
+    }
+    vstore(lane, acc);
+    for (int64_t l = 0; l < n; l++) {
+        y[l] += lane[l];
     }
 }
 
 static void
 times(void *y, const void *a, const void *b, int64_t ldb, int64_t n, int64_t k)
 {
+    real *const out = y;
+    const real *const from = b;
+    vreal acc[4];
     int64_t j = 0;
     for (; j + 4 * LANES <= n; j += 4 * LANES) {
-        times_strip((real *)y + j, 4, a, (const real *)b + j, ldb, k);
+        times_strip(acc, 4, a, from + j, ldb, k);
+        for (int v = 0; v < 4; v++) {
+            vstore(out + j + v * LANES, vload(out + j + v * LANES) + acc[v]);
+        }
     }
     for (; j + LANES <= n; j += LANES) {
-        times_strip((real *)y + j, 1, a, (const real *)b + j, ldb, k);
+        times_strip(acc, 1, a, from + j, ldb, k);
+        vstore(out + j, vload(out + j) + acc[0]);
     }
-    for (; j < n; j++) {
-        real sum = 0;
-        for (int64_t t = 0; t < k; t++) {
-            sum += ((const real *)a)[t] * ((const real *)b)[t * ldb + j];
-        }
-        ((real *)y)[j] += sum;
+    if (j < n) {
+        times_rest(out + j, a, from + j, ldb, n - j, k);
     }
 }
 

@@ -13,22 +13,23 @@ Case, ``-`` and ``_`` of names and words do not matter. There is no comma in it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparseattn import _core
 from sparseattn.errors import ArgumentError
 
-Array = NDArray[Any]
-Params = Mapping[str, Any]
+if TYPE_CHECKING:  # importing numpy.typing takes longer than all of this package
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[Any]
+    Params: TypeAlias = Mapping[str, Any]
 
 MAX_DEPTH = 16  # of brackets in a spec's text, so that hostile text meets a sentence
 
@@ -347,30 +348,39 @@ def find(name: str, text: str) -> type[Variant]:
         return cls
     if "," in text:
         raise ArgumentError(f"spec {text!r:.80} has a comma: separate settings by ':'")
-    near = difflib.get_close_matches(normal(name), _by_name, n=5, cutoff=0.5)
+    near = nearest(name, _by_name, count=5, cutoff=0.5)
     kinds = list(dict.fromkeys(_by_name[n].kind for n in near))[:3]
     offer = f"did you mean {' or '.join(kinds)}? " if kinds else ""
     known = ", ".join(k for k, c in variants().items() if not joins(c))
     raise ArgumentError(f"unknown attention variant {name.strip()!r:.80}: {offer}There are {known}")
 
 
+def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.0) -> list[str]:
+    import difflib  # slow to import, and for mistakes only
+
+    return difflib.get_close_matches(normal(name), list(known), n=count, cutoff=cutoff)
+
+
 def read_fields(cls: type[Variant], items: list[str], text: str) -> dict[str, Any]:
     hints = field_hints(cls)
     names = {normal(name): name for name in hints}
     values: dict[str, Any] = {}
+    if items and not names:
+        raise ArgumentError(f"{cls.kind} takes no settings, got {text!r:.80}")
     for at, item in enumerate(items):
         key, equals, value = item.partition("=")
         if "," in item:
             raise ArgumentError(f"spec {text!r:.80} has a comma: set apart by ':', numbers by '/'")
-        if not equals and at == 0 and names:
+        if not equals and at == 0:
             key, value = next(iter(hints)), item
         elif not equals:
             raise ArgumentError(f"spec {text!r:.80}: {item!r} is not of the form name=value")
         name = names.get(normal(key))
         if name is None:
-            near = difflib.get_close_matches(normal(key), names, n=1, cutoff=0.0)
-            offer = f"; did you mean {names[near[0]]}?" if near else "; it takes no settings"
-            raise ArgumentError(f"{cls.kind} has no setting {key.strip()!r:.40}{offer}")
+            (near,) = nearest(key, names)
+            raise ArgumentError(
+                f"{cls.kind} has no setting {key.strip()!r:.40}; did you mean {names[near]}?"
+            )
         if name in values:
             raise ArgumentError(f"spec {text!r:.80} sets {name} twice")
         values[name] = read_value(hints[name], value.strip(), f"{cls.__name__}.{name}")

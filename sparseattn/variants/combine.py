@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from sparseattn import _core
 from sparseattn.errors import ArgumentError
 from sparseattn.variants.base import (
-    Array,
-    Params,
     Piece,
     Problem,
     Variant,
@@ -21,6 +19,9 @@ from sparseattn.variants.base import (
     register,
 )
 from sparseattn.variants.dense import Dense
+
+if TYPE_CHECKING:
+    from sparseattn.variants.base import Array, Params
 
 DENSE = Dense()
 
@@ -225,11 +226,15 @@ class PerHead(Composition):
         pieces = []
         for begin, end in self.ranges(group):
             span = slice(begin // group, (end - 1) // group + 1)
-            (piece,) = self.specs[begin].for_head(begin).build(
-                q[:, begin:end],
-                k[:, span],
-                problem.of_heads(begin, end),
-                of_heads(params, begin, end, heads),
+            (piece,) = (
+                self.specs[begin]
+                .for_head(begin)
+                .build(
+                    q[:, begin:end],
+                    k[:, span],
+                    problem.of_heads(begin, end),
+                    of_heads(params, begin, end, heads),
+                )
             )
             pieces.append(piece._replace(begin=begin, end=end))
         return tuple(pieces)

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from sparseattn.variants.base import Variant, register
 
-
 SEEDS = 2**53  # one more than the largest seed
 STEP = 2654435761 * 4099  # odd and large: heads of neighbouring seeds do not meet
 

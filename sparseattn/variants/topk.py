@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from sparseattn.variants.base import Array, Params, Piece, Problem, Variant, register
+from sparseattn.variants.base import Piece, Problem, Variant, register
+
+if TYPE_CHECKING:
+    from sparseattn.variants.base import Array, Params
 
 
 @register

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sparseattn.errors import ArgumentError
-from sparseattn.variants.base import Array, Params, Piece, Problem, Variant, register
+from sparseattn.variants.base import Piece, Problem, Variant, register
+
+if TYPE_CHECKING:
+    from sparseattn.variants.base import Array, Params
 
 
 @register

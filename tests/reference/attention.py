@@ -98,12 +98,7 @@ def weights(
 ) -> Array:
     """Attention weights; ``full``: the keys of the normaliser where it is not ``see``."""
     s = scores(q, k, scale=scale, softcap=softcap, bias=bias, compute=compute)
-    kept, lse = softmax(s, see)
-    if full is None:
-        return kept
-    with np.errstate(invalid="ignore"):
-        mass = np.exp(lse - softmax(s, full)[1])
-    return np.where(see, kept * mass[..., None], kept.dtype.type(0))
+    return np.where(see, softmax(s, see if full is None else full)[0], s.dtype.type(0))
 
 
 def attention(
@@ -121,7 +116,7 @@ def attention(
     """out and lse of softmax attention over the keys that ``see`` (..., heads, n_q, n_k) shows.
 
     ``full``: the keys of the normaliser where it is not ``see`` (selection after the softmax,
-    P_post = P_pre * kept mass, algorithms 4.1); lse is then the full row's.
+    algorithms 4.1); lse is then the full row's.
     """
     terms = {"scale": scale, "softcap": softcap, "bias": bias, "compute": compute}
     w = weights(q, k, see, full=full, **terms)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sparseattn import _core
 from sparseattn.variants.base import Problem
 
-Array = NDArray[Any]
+if TYPE_CHECKING:
+    from sparseattn.variants.base import Array
 
 SCORES_AT_ONCE = 1 << 20  # scores held while rows of weights are made
 
