@@ -14,14 +14,18 @@ from sparseattn.inputs import (
     Target,
     check_params,
     collapse,
+    empty,
     is_torch,
     make_operands,
     make_target,
     read_alike,
+    read_bias,
+    read_bool,
     read_causal,
     read_number,
     read_operands,
     read_problem,
+    spread,
     to_array,
     to_real,
 )
@@ -83,7 +87,8 @@ class Eager:
 
     def __init__(self, ops: Operands, problem: Problem, target: Array, want_lse: bool) -> None:
         self.ops, self.problem = ops, problem
-        self.target, self.want_lse = target, want_lse
+        self.target: Array | None = target  # for the first output of its shape
+        self.want_lse = want_lse
         self.plan: Plan | None = None
 
     def attend(
@@ -97,10 +102,11 @@ class Eager:
             made = Plan(pieces, self.problem, shape, k.shape[1], self.ops.lead, spec)
         self.plan = made
         need = self.want_lse or any(piece.full_row for piece in made.pieces)
-        lse = np.empty(q.shape[:3], q.dtype) if need else None
-        out = self.target
-        if out.shape != (*q.shape[:3], v.shape[3]):  # a compose rule's inner part
-            out = np.empty((*q.shape[:3], v.shape[3]), q.dtype)
+        lse = empty("the log-sum-exp", q.shape[:3], q.dtype) if need else None
+        out, self.target = self.target, None
+        shape = (*q.shape[:3], v.shape[3])
+        if out is None or out.shape != shape:  # a compose rule's further parts
+            out = empty("the output", shape, q.dtype)
         run_pieces(made.pieces, q, k, v, self.problem, out, lse)
         return out, np.empty(0, q.dtype) if lse is None else lse
 
@@ -145,7 +151,7 @@ def run_piece(
 
 
 def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) -> Array:
-    """exp(lse_kept - lse_full) of each row, P_post / P_pre (algorithms 4.1); lse becomes the full one.
+    """exp(lse_kept - lse_full), which is P_post / P_pre (algorithms 4.1); lse becomes the full one.
 
     Both are taken relative to the lse given, so that large scores do not swallow the difference:
     one more column of q and k subtracts it from every score. A soft-cap bounds scores by itself.
@@ -162,7 +168,8 @@ def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) ->
     _core.attend(q, k, nothing, piece.core, problem, ignored, kept)
     _core.attend(q, k, nothing, dense, problem, ignored, full)
     np.add(full, shift, out=lse)
-    return np.where(np.isneginf(full), full.dtype.type(0), np.exp(kept - full))
+    mass: Array = np.where(np.isneginf(full), full.dtype.type(0), np.exp(kept - full))
+    return mass
 
 
 def attention(
@@ -281,8 +288,7 @@ def run(
         result, lse = variant.apply(eager, ops.q, ops.k, ops.v, taken)
     if result is not target.array:
         target.array[...] = result
-    if eager.plan is None:
-        raise ArgumentError(f"{spec} runs no plan")
+    assert eager.plan is not None
     return lse, eager.plan, problem
 
 
@@ -306,8 +312,8 @@ def refuse_with_plan(made: Plan, call: dict[str, Any], params: Any) -> None:
             f"causal={call['causal']!r} and the plan was made otherwise: "
             "make the plan with it, and leave it out here"
         )
-    for name, value in (("mask", call["mask"]), ("key_mask", call["key_mask"]), ("params", params)):
-        if value is not None:
+    for name, value in {**call, "params": params}.items():
+        if name != "causal" and value is not None:
             raise ArgumentError(
                 f"{name} is part of a plan: give it to sa.plan(..., {name}=...), not to attention()"
             )
@@ -404,22 +410,22 @@ def scaled_dot_product_attention(
     refuse_later(dropout_p, None, None)
     if is_causal and attn_mask is not None:
         raise ArgumentError("is_causal=True and attn_mask= exclude each other: pass one of them")
-    arrays, stored = read_alike({"query": query, "key": key, "value": value})
-    if any(array.ndim < 2 for array in arrays):
-        shapes = ", ".join(str(array.shape) for array in arrays)
-        raise ArgumentError(f"query, key, value must be (..., length, dim), got shapes {shapes}")
+    given = {"query": query, "key": key, "value": value}
+    arrays, stored = read_alike(given, "(..., length, dim)")
     flat = all(array.ndim == 2 for array in arrays)
     arrays = grouped_heads(*arrays) if enable_gqa else broadcast_heads(*arrays)
     ops = make_operands(arrays, ("query", "key", "value"), stored, is_torch(query))
-    masks: dict[str, Any] = {"causal": "top_left" if is_causal else False}
+    problem = read_problem(ops, causal="top_left" if is_causal else False, scale=scale)
     if attn_mask is not None:
         array, _ = to_array("attn_mask", attn_mask)
-        floats = array.dtype.kind == "f" or (is_torch(attn_mask) and attn_mask.is_floating_point())
-        masks["bias" if floats else "mask"] = attn_mask
+        if array.dtype.kind == "f":
+            problem = problem._replace(bias=spread("attn_mask", read_bias(attn_mask, ops), ops))
+        else:
+            array = read_bool("attn_mask", attn_mask, "pass bool or float")
+            problem = problem._replace(mask=spread("attn_mask", array, ops))
     if isinstance(spec, Plan):
-        refuse_with_plan(spec, {"mask": None, "key_mask": None, **masks}, None)
-        masks = {name: masks[name] for name in masks if name == "bias"}
-    problem = read_problem(ops, scale=scale, **masks)
+        causal = is_causal and "top_left"
+        refuse_with_plan(spec, {"causal": causal, "attn_mask": problem.mask}, None)
     target = make_target(None, ops)
     run(ops, spec, None, problem, target, False)
     result = target.finish(ops)
@@ -492,11 +498,10 @@ def merge(parts: Sequence[Any]) -> OutLse:
     pairs = [tuple(part) for part in parts]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ArgumentError(f"merge takes a list of (out, lse), got {len(pairs)} parts not so made")
-    outs, stored = read_alike({f"parts[{i}][0]": pair[0] for i, pair in enumerate(pairs)})
+    given = {f"parts[{i}][0]": pair[0] for i, pair in enumerate(pairs)}
+    outs, stored = read_alike(given, "(..., heads, n_q, dim_v)")
     lses = [to_real(f"parts[{i}][1]", pair[1])[0] for i, pair in enumerate(pairs)]
     shape = outs[0].shape
-    if len(shape) < 3:
-        raise ArgumentError(f"parts[0][0] must be (..., heads, n_q, dim_v), got shape {shape}")
     for i, (o, lse) in enumerate(zip(outs, lses, strict=True)):
         if o.shape != shape or lse.shape != shape[:-1]:
             raise ArgumentError(

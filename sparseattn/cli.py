@@ -56,7 +56,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sparseattn {version()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    common: Any = common_options()
     for name, summary, example, add, run in (
         (
             "compare",
@@ -74,12 +73,12 @@ def make_parser() -> argparse.ArgumentParser:
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
             epilog=example,
-            parents=[common],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if add is not None:
             add_model_options(verb)
             add(verb)
+        add_common(verb)
         verb.set_defaults(run=run)
     return parser
 
@@ -95,17 +94,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(WRONG_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def common_options() -> argparse.ArgumentParser:
-    """Return what every verb takes."""
-    common = Parser(add_help=False)
-    group = common.add_argument_group("for every verb")
+def add_common(verb: argparse.ArgumentParser) -> None:
+    """Add what every verb takes."""
+    group = verb.add_argument_group("for every verb")
     group.add_argument("--json", action="store_true", help="print JSON instead of text")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="of the kernels; all cores if unset"
-    )
+    group.add_argument("--threads", type=int, metavar="N", help="of the kernels (all cores)")
     group.add_argument("--save", metavar="DIR", help="folder for the results")
-    return common
 
 
 def add_model_options(verb: argparse.ArgumentParser) -> None:
@@ -199,7 +194,10 @@ def run_compare(options: argparse.Namespace) -> int:
         with job:
             job.run()
     except KeyboardInterrupt:
-        print_result(job.result(), options.json)
+        try:
+            print_result(job.result(), options.json)
+        except BrokenPipeError:
+            silence_stdout()
         again = f"; run the same command again to go on in {options.save}" if options.save else ""
         return interrupted(f"interrupted: the rows above are finished{again}")
     result = job.result()

@@ -7,22 +7,26 @@ precision (widened to float32).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseattn.errors import ArgumentError, DtypeError
+from sparseattn.errors import ArgumentError, DtypeError, OutOfMemory
 from sparseattn.variants.base import Problem
 
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array
 
+MAX_DIM = 4096  # the core's bound, asked before anything is copied
 CPU_DEVICES = (1, 3, 11)  # DLPack's CPU, and pinned host memory of CUDA and ROCm
 REAL = ("float32", "float64")
 HALF = ("float16", "bfloat16")
+NAMES = {np.dtype(name): name for name in REAL}  # dtype.name itself takes microseconds
 CAUSAL = {"bottomright": 1, "topleft": 2}
 
 
@@ -35,7 +39,7 @@ def is_torch(x: object) -> bool:
 def to_array(name: str, x: Any) -> tuple[Array, str]:
     """Any array-like as an ndarray on the same memory where possible, and its dtype's name."""
     if type(x) is np.ndarray:
-        return x, x.dtype.name
+        return x, NAMES.get(x.dtype) or x.dtype.name
     if isinstance(x, np.ma.MaskedArray):
         raise ArgumentError(
             f"{name} is a masked array, whose mask would be lost: "
@@ -63,26 +67,59 @@ def to_array(name: str, x: Any) -> tuple[Array, str]:
     return array, array.dtype.name
 
 
+def cast(name: str, x: Any, numpy: str, torch: str) -> str:
+    """How to convert ``x``, in the words of its library."""
+    return f"{name}.{torch}()" if is_torch(x) else f"{name}.astype({numpy})"
+
+
 def to_real(name: str, x: Any) -> tuple[Array, str]:
     """float32 or float64, native, aligned, without gaps in the last axis; and the stored dtype."""
     array, stored = to_array(name, x)
+    check_real(name, x, stored)
+    return as_real(name, array, real_type(stored)), stored
+
+
+def check_real(name: str, x: Any, stored: str) -> None:
     if stored not in REAL + HALF:
         raise DtypeError(
             f"{name} has dtype {stored}, not float32, float64, float16 or bfloat16: "
-            f"convert it, e.g. {name}.astype(np.float32)"
+            f"pass {cast(name, x, 'np.float32', 'float')}"
         )
-    size = array.dtype.itemsize
-    if stored in HALF:
-        array = array.astype(np.float32, order="C")
-    elif not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="), order="C")
-    elif (
-        not array.flags.aligned
-        or any(stride % size for stride in array.strides)
-        or (array.ndim and array.shape[-1] > 1 and array.strides[-1] != size)
+
+
+def real_type(stored: str) -> np.dtype[Any]:
+    """What a stored dtype is computed in."""
+    return np.dtype(stored if stored in REAL else np.float32)
+
+
+def as_real(name: str, array: Array, real: np.dtype[Any], *, packed: bool = True) -> Array:
+    """``array`` itself where the core can read it, else a copy; ``packed``: no gaps in its rows."""
+    size = real.itemsize
+    if (
+        array.dtype == real
+        and array.flags.aligned
+        and not any(stride % size for stride in array.strides)
+        and (not packed or array.ndim == 0 or array.shape[-1] <= 1 or array.strides[-1] == size)
     ):
-        array = array.copy()
-    return array, stored
+        return array
+    with enough_memory(f"a copy of {name}", array.shape, real):
+        return array.astype(real, order="C")
+
+
+@contextlib.contextmanager
+def enough_memory(what: str, shape: tuple[int, ...], dtype: Any) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, ValueError):  # NumPy's ValueError: more bytes than can be counted
+        raise OutOfMemory(
+            f"{what} of shape {shape} in {np.dtype(dtype).name} does not fit in memory: "
+            "make the call smaller"
+        ) from None
+
+
+def empty(what: str, shape: tuple[int, ...], dtype: Any) -> Array:
+    with enough_memory(what, shape, dtype):
+        return np.empty(shape, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +153,23 @@ class Operands:
         return array if dtype is None else array.astype(np.dtype(dtype))
 
 
-def read_alike(given: dict[str, Any]) -> tuple[list[Array], str]:
-    """Real arrays of one dtype, and that dtype's name."""
-    taken = {name: to_real(name, x) for name, x in given.items()}
+def read_alike(given: dict[str, Any], axes: str) -> tuple[list[Array], str]:
+    """Real arrays of one dtype with at least ``axes``, and that dtype's name. Nothing is copied
+    before all of that is known."""
+    taken = {name: to_array(name, x) for name, x in given.items()}
     first, (_, stored) = next(iter(taken.items()))
-    for name, (_, dtype) in taken.items():
+    least = axes.count(",")
+    for name, (array, dtype) in taken.items():
+        check_real(name, given[name], dtype)
+        if array.ndim < least:
+            hint = f": for one head pass {name}[None]" if array.ndim == least - 1 == 2 else ""
+            raise ArgumentError(f"{name} must be {axes}, got shape {array.shape}{hint}")
         if dtype != stored:
             raise DtypeError(f"{name} is {dtype} and {first} is {stored}: convert one of them")
-    return [array for array, _ in taken.values()], stored
+        if array.shape[-1] > MAX_DIM:
+            raise ArgumentError(f"{name} must be at most {MAX_DIM} wide, got shape {array.shape}")
+    real = real_type(stored)
+    return [as_real(name, array, real) for name, (array, _) in taken.items()], stored
 
 
 def read_operands(q: Any, k: Any, v: Any) -> Operands:
@@ -132,13 +178,7 @@ def read_operands(q: Any, k: Any, v: Any) -> Operands:
     ``v`` None: planning needs no values, k stands in.
     """
     given = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    arrays, stored = read_alike(given)
-    for name, array in zip(given, arrays, strict=True):
-        if array.ndim < 3:
-            raise ArgumentError(
-                f"{name} must be (..., heads, length, dim), got shape {array.shape}: "
-                f"for one head pass {name}[None]"
-            )
+    arrays, stored = read_alike(given, "(..., heads, length, dim)")
     return make_operands([*arrays, arrays[1]][:3], ("q", "k", "v"), stored, is_torch(q))
 
 
@@ -217,7 +257,7 @@ def read_bool(name: str, x: Any, otherwise: str) -> Array:
     if array.dtype.kind in "iu":
         raise DtypeError(
             f"{name} has dtype {stored}, and True must mean 'may attend': "
-            f"pass {name}.astype(bool) if 1 means that"
+            f"pass {cast(name, x, 'bool', 'bool')} if 1 means that"
         )
     raise DtypeError(f"{name} has dtype {stored}, not bool: {otherwise}")
 
@@ -230,8 +270,10 @@ def read_bias(bias: Any, ops: Operands) -> Array:
     array, stored = to_array("bias", bias)
     if array.dtype == np.bool_:
         raise DtypeError("bias has dtype bool: True for 'may attend' is passed as mask=")
-    array, _ = to_real("bias", array if stored not in HALF else array.astype(np.float32))
-    return array.astype(ops.q.dtype, copy=False)
+    check_real("bias", bias, stored)
+    once = array[tuple(slice(None) if step else slice(1) for step in array.strides)]
+    real = as_real("bias", once, ops.q.dtype, packed=False)
+    return np.broadcast_to(real, array.shape)  # what was broadcast stays so
 
 
 def read_key_mask(key_mask: Any, ops: Operands) -> Array:
@@ -310,7 +352,7 @@ def make_target(out: Any, ops: Operands, masks: Problem | None = None) -> Target
     batch, heads, n_q = ops.q.shape[:3]
     shape = (batch, heads, n_q, ops.v.shape[3])
     if out is None:
-        return Target(np.empty(shape, ops.q.dtype), None, True)
+        return Target(empty("the output", shape, ops.q.dtype), None, True)
     if not isinstance(out, np.ndarray) and not is_torch(out):
         raise ArgumentError(f"out must be an array or a CPU tensor, got {type(out).__name__}")
     if tuple(out.shape) != ops.out_shape:
@@ -329,10 +371,11 @@ def make_target(out: Any, ops: Operands, masks: Problem | None = None) -> Target
     for name, x in read.items():
         if overlap(array, x):
             raise ArgumentError(f"out must not overlap {name}: pass another array")
-    view = to_real("out", array)[0].reshape(shape) if stored in REAL else None
-    if view is not None and np.may_share_memory(view, array):
-        return Target(view, out, True)
-    return Target(np.empty(shape, ops.q.dtype), out, False)
+    if stored in REAL:
+        view = as_real("out", array, ops.q.dtype).reshape(shape)
+        if array.size == 0 or np.may_share_memory(view, array):
+            return Target(view, out, True)
+    return Target(empty("the output", shape, ops.q.dtype), out, False)
 
 
 def overlap(a: Array, b: Array) -> bool:

@@ -56,7 +56,7 @@ class PlanCounts(NamedTuple):
     """Pairs over all batches and heads, and rows over all batches and kv heads."""
 
     kept: int  # (query, key) pairs that the plan shows
-    visible: int  # pairs that causality, padding and masks alone would show
+    visible: int  # pairs that causality and masks alone would show; of a plan of a mask, all
     union_rows: int  # distinct keys that the heads of a kv group see together, summed over rows
 
 
@@ -196,7 +196,10 @@ class Plan:
             for piece in self.pieces:
                 low, high = piece.kv_range(self.group)
                 total += np.array(piece.core.count(high - low), object)
-            self._counts = PlanCounts(*map(int, total))
+            kept, visible, union_rows = map(int, total)
+            if self._mask is not None:
+                visible = math.prod(self.shape)
+            self._counts = PlanCounts(kept, visible, union_rows)
         return self._counts
 
     @property

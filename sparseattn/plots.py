@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["available", "quality_cost", "time_ratio", "to_svg"]
 
-MARKERS = {"baseline": "D", "given": "o", "matched": "s", "floor": "v", "ceiling": "^"}
+MARKERS = {"baseline": "D", "given": "o", "matched": "s", "bound": "^"}
+LINES = ("-", "--", ":", "-.")
 COLORS = ("#1f4e79", "#b5541c", "#3d7a3a", "#7a3d73", "#8a6d1f", "#2b8a8a", "#9c2f45", "#555555")
 
 
@@ -22,7 +23,10 @@ def available() -> bool:
 
 
 def quality_cost(data: Mapping[str, Any]) -> Any:
-    """Return KL to dense against the share of visible pairs kept, a point a variant.
+    """Return KL to dense against counted cost, a point a variant.
+
+    On the left the cost is the share of visible pairs kept, on the right the share of key and
+    value rows read: a selector keeps few pairs and still reads every key.
 
     Parameters
     ----------
@@ -32,38 +36,17 @@ def quality_cost(data: Mapping[str, Any]) -> Any:
     Returns
     -------
     matplotlib.figure.Figure
-        Bars are 95 % intervals; both axes are logarithmic where the values allow it.
+        Bars are 95 % intervals; the axes are logarithmic where the values allow it.
     """
     rows = [row for row in data["rows"] if row["role"] != "baseline"]
-    figure, axes = _figure(6.4, 4.4)
-    for row, color in zip(rows, _colors(rows), strict=True):
-        value, low, high = (x or 0.0 for x in row["kl"])
-        below, above = max(0.0, value - (low or value)), max(0.0, (high or value) - value)
-        axes.errorbar(
-            [100 * row["kept"]],
-            [value],
-            yerr=[[below], [above]],
-            marker=MARKERS[row["role"]],
-            color=color,
-            capsize=3,
-            linestyle="none",
-        )
-        axes.annotate(
-            _label(row),
-            (100 * row["kept"], value),
-            xytext=(7, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color=color,
-        )
-    if rows and all((row["kl"][0] or 0) > 0 for row in rows):
-        axes.set_yscale("log")
-    axes.set_xscale("log")
-    axes.set_xlabel("visible pairs kept (%)")
-    axes.set_ylabel("KL(dense || variant), nats per token")
-    axes.set_title(_title(data), fontsize=9)
-    axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
-    axes.margins(0.15)
+    figure = _figure(9.6, 4.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _points_of_cost(left, rows, [100 * row["kept"] for row in rows])
+    _points_of_cost(right, rows, [50 * (row["k_rows"] + row["v_rows"]) for row in rows])
+    left.set_xlabel("visible pairs kept (%)")
+    right.set_xlabel("key and value rows read (% of the visible)")
+    left.set_ylabel("KL(dense || variant), nats per token")
+    figure.suptitle(_title(data), fontsize=9)
     return figure
 
 
@@ -80,35 +63,33 @@ def time_ratio(data: Mapping[str, Any]) -> Any:
     matplotlib.figure.Figure or None
         Bars are 95 % intervals; below the line at 1 the variant is faster.
     """
-    rows = [row for row in data["rows"] if row["role"] != "baseline" and _points(row)]
+    rows = [row for row in data["rows"] if row["role"] != "baseline" and _ratios(row)]
     if not rows:
         return None
-    figure, axes = _figure(6.4, 4.0)
-    for row, color in zip(rows, _colors(rows), strict=True):
-        points = _points(row)
-        lengths = [n for n, _ in points]
-        values = [ratio[0] for _, ratio in points]
-        below = [max(0.0, v - (r[1] or v)) for v, (_, r) in zip(values, points, strict=True)]
-        above = [max(0.0, (r[2] or v) - v) for v, (_, r) in zip(values, points, strict=True)]
+    figure = _figure(7.2, 4.0)
+    axes = figure.add_subplot()
+    for i, row in enumerate(rows):
+        ratios = _ratios(row)
         axes.errorbar(
-            lengths,
-            values,
-            yerr=[below, above],
+            [n for n, _ in ratios],
+            [ratio[0] for _, ratio in ratios],
+            yerr=_bars([ratio for _, ratio in ratios]),
             marker=MARKERS[row["role"]],
             markersize=4,
-            color=color,
+            color=COLORS[i % len(COLORS)],
+            linestyle=LINES[i // len(COLORS) % len(LINES)],
             capsize=2,
             label=row["variant"],
         )
     axes.axhline(1.0, color="#999999", linewidth=0.8)
-    ticks = sorted({n for row in rows for n, _ in _points(row)})
+    ticks = sorted({n for row in rows for n, _ in _ratios(row)})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks, [_length(n) for n in ticks])
     axes.set_xlabel("sequence length N")
     axes.set_ylabel("attention time / dense")
     axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
@@ -122,7 +103,7 @@ def to_svg(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -134,27 +115,93 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
     figure = ShownFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure
 
 
-def _colors(rows: list[Any]) -> list[str]:
-    """One colour for each family."""
-    families = list(dict.fromkeys(row["variant"].partition(":")[0] for row in rows))
-    found = {f: COLORS[i % len(COLORS)] for i, f in enumerate(families)}
-    return [found[row["variant"].partition(":")[0]] for row in rows]
+def _points_of_cost(axes: Any, rows: Sequence[Any], costs: Sequence[float]) -> None:
+    """Draw one point a row, and a thin line through those of a family."""
+    families = [row["variant"].partition(":")[0] for row in rows]
+    names = list(dict.fromkeys(families))
+    colors = [COLORS[names.index(family) % len(COLORS)] for family in families]
+    values = [row["kl"][0] or 0.0 for row in rows]
+    for i, row in enumerate(rows):
+        axes.errorbar(
+            [costs[i]],
+            [values[i]],
+            yerr=_bars([row["kl"]]),
+            marker=MARKERS[row["role"]],
+            markersize=5,
+            color=colors[i],
+            capsize=3,
+            linestyle="none",
+        )
+    for name in names:
+        line = sorted((c, v) for c, v, f in zip(costs, values, families, strict=True) if f == name)
+        axes.plot(*zip(*line, strict=True), color=COLORS[names.index(name) % len(COLORS)], lw=0.6)
+    if values and min(values) > 0:
+        axes.set_yscale("log")
+    least = min([50.0, *costs])
+    axes.set_xscale("log")
+    axes.set_xlim(least / 1.6, 160)
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if t >= least / 1.6]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
+    axes.margins(y=0.15)
+    _label(axes, [_name(row) for row in rows], costs, values, colors)
 
 
-def _label(row: Any) -> str:
-    bound = f" ({row['role']})" if row["role"] in ("floor", "ceiling") else ""
-    return f"{row['variant']}{bound}"
+def _label(
+    axes: Any,
+    names: Sequence[str],
+    x: Sequence[float],
+    y: Sequence[float],
+    colors: Sequence[str],
+) -> None:
+    """Write each name beside its point, where no other name or point is."""
+    axes.get_figure().canvas.draw()  # settles the layout, so that points have places
+    places = axes.transData.transform(list(zip(x, y, strict=True))) if x else []
+    points_a_pixel = 72 / axes.get_figure().dpi
+    spots = [(px * points_a_pixel, py * points_a_pixel) for px, py in places]
+    edge = axes.get_window_extent().x1 * points_a_pixel
+    taken = [(px - 3, py - 3, px + 3, py + 3) for px, py in spots]
+    for name, at, spot, color in zip(names, zip(x, y, strict=True), spots, colors, strict=True):
+        wide = 4.3 * len(name)
+        choices = [(side, up) for up in (4, -12, 13, -21, 22, -30) for side in (6, -6 - wide)]
+        boxes = [
+            (spot[0] + dx, spot[1] + dy, spot[0] + dx + wide, spot[1] + dy + 8)
+            for dx, dy in choices
+        ]
+        clashes = [sum(_overlap(box, other) for other in taken) + (box[2] > edge) for box in boxes]
+        best = clashes.index(min(clashes))
+        taken.append(boxes[best])
+        axes.annotate(
+            name, at, xytext=choices[best], textcoords="offset points", fontsize=7.5, color=color
+        )
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _bars(intervals: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    """Lengths of the bars below and above each value."""
+    whole = [(v or 0.0, v if low is None else low, v if high is None else high)
+             for v, low, high in intervals]  # fmt: skip
+    below = [max(0.0, v - (low or 0.0)) for v, low, _ in whole]
+    return [below, [max(0.0, (high or 0.0) - v) for v, _, high in whole]]
+
+
+def _name(row: Any) -> str:
+    return f"{row['variant']} ({row['bound']})" if row["bound"] else str(row["variant"])
 
 
 def _title(data: Mapping[str, Any]) -> str:
     e = data["evaluation"]
-    return f"{e['model']} on {e['text']}, {e['predictions']:,} predictions, context {e['context']}"
+    return f"{e['model']} on {e['text']}\n{e['predictions']:,} predictions, context {e['context']}"
 
 
-def _points(row: Any) -> list[tuple[int, list[float]]]:
+def _ratios(row: Any) -> list[tuple[int, list[float]]]:
     return [(int(n), cell["ratio"]) for n, cell in row["time"].items() if cell.get("ratio")]
 
 

@@ -172,7 +172,7 @@ def assert_within_ceiling(ours: np.ndarray, want: np.ndarray) -> None:
     assert (error <= CEILING[ours.dtype]).all(), f"relative error {error.max():.3g}"
 
 
-# ---- cases out of the registry: a new variant is in all of them by its ``examples`` ---------------
+# ---- cases out of the registry: a new variant is in all of them by its ``examples`` -------------
 
 
 def every_spec() -> list[Variant]:
@@ -193,7 +193,7 @@ def fit(spec: Variant, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def make_layout(spec: Variant, shape: tuple[int, ...]) -> np.ndarray:
     _, heads, _, n_q, n_k, *_ = shape
-    block = spec.block  # type: ignore[attr-defined]
+    block = spec.block
     size = (heads, -(-n_q // block), -(-n_k // block))
     layout = np.random.default_rng(list(size)).random(size) < 0.6
     layout[:, -1] = False  # rows that see nothing

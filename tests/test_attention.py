@@ -54,7 +54,7 @@ def check_kept(
         np.testing.assert_array_equal(kept, join(spec.kind, parts))
     else:
         module = importlib.import_module(f"reference.{type(spec).__module__.rsplit('.')[-1]}")
-        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}  # type: ignore[arg-type]
+        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
         eps = 4 * np.finfo(q.dtype).eps
         inputs = {"params": call.get("params"), "causal": call.get("causal", False)}
         module.check(kept, see, scores, eps=eps, **inputs, **fields)
@@ -298,6 +298,13 @@ def test_masks_broadcast_without_copies() -> None:
         deep = small.reshape(2, 3, *small.shape[1:]) if small.shape[:1] == (6,) else small
         split = [x.reshape(2, 3, *x.shape[1:]) for x in (q, k, v)]
         assert sa.attention(*split, mask=deep).tobytes() == got.tobytes()
+    for small in (full[0, 0, 0], full[:1, :, :1]):  # floats of any layout and dtype likewise
+        bias = np.where(small, 0.5, -0.5)
+        wide = np.broadcast_to(bias, full.shape)
+        got = sa.attention(q, k, v, bias=bias)
+        assert got.tobytes() == sa.attention(q, k, v, bias=wide).tobytes()
+        assert got.tobytes() == sa.attention(q, k, v, bias=wide.astype("f4")).tobytes()
+        assert got.tobytes() == sa.attention(q, k, v, bias=np.asfortranarray(wide)).tobytes()
     key_mask = full[:, 0, 0]
     got = sa.attention(q, k, v, key_mask=key_mask)
     assert got.tobytes() == sa.attention(q, k, v, mask=key_mask[:, None, None]).tobytes()
@@ -335,7 +342,7 @@ def test_random_keys_are_uniform_and_addressed() -> None:
     assert np.abs(share - count / n).max() < 5.5 * np.sqrt(0.2 * 0.8 / 200)
 
 
-# ---- results --------------------------------------------------------------------------------------
+# ---- results ------------------------------------------------------------------------------------
 
 
 def test_results_as_asked_for() -> None:
@@ -346,7 +353,7 @@ def test_results_as_asked_for() -> None:
     out, lse = both
     assert both.out is out and both.weights is None and lse.shape == (2, 4, 9)
     with_weights = sa.attention(q, k, v, return_weights=True)
-    out, weights = with_weights
+    _, weights = with_weights
     assert with_weights.lse is None and weights.shape == (2, 4, 9, 11)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     all_three = sa.attention(q, k, v, return_lse=True, return_weights=True)
@@ -359,7 +366,7 @@ def test_weights_of_large_problems_come_by_rows(spec: str) -> None:
     q, k, v = make_qkv((1, 2, 1, 1500, 1500, 16, 8), np.float64, seed=15)
     mask = np.random.default_rng(16).random((1500, 1500)) < 0.9
     call = {"causal": True, "mask": mask}
-    out, weights = sa.attention(q, k, v, spec, return_weights=True, **call)
+    _, weights = sa.attention(q, k, v, spec, return_weights=True, **call)
     assert weights.shape == (1, 2, 1500, 1500)
     kept, full = expected_rows(sa.parse(spec), q, k, call)
     assert weights.nnz == kept.sum()
@@ -463,7 +470,7 @@ def test_sizes_of_zero(axis: int) -> None:
         assert np.isneginf(lse).all()
 
 
-# ---- plans ----------------------------------------------------------------------------------------
+# ---- plans --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spec", "causal"), CAUSAL_SPECS, ids=causal_ids)
@@ -548,7 +555,7 @@ def test_parts_in_one_call_are_separate_calls() -> None:
         assert out[:, begin:end].tobytes() == whole[:, begin:end].tobytes()
 
 
-# ---- merge ----------------------------------------------------------------------------------------
+# ---- merge --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64"])
@@ -572,13 +579,13 @@ def test_merge_of_parts_is_the_whole(dtype: Any, isa: str) -> None:
 def test_merge_refuses_parts_that_do_not_fit() -> None:
     out, lse = np.zeros((1, 2, 3, 4)), np.zeros((1, 2, 3))
     for parts in ([], [(out,)], [(out, lse[..., :2])], [(out, lse), (out[:, :1], lse[:, :1])]):
-        with pytest.raises(sa.ArgumentError, match="parts|merge"):
+        with pytest.raises(sa.ArgumentError, match=r"parts|merge"):
             sa.merge(parts)
     with pytest.raises(sa.DtypeError, match="float32"):
         sa.merge([(out, lse), (out.astype(np.float32), lse)])
 
 
-# ---- PyTorch's signature --------------------------------------------------------------------------
+# ---- PyTorch's signature ------------------------------------------------------------------------
 
 
 def test_sdpa_is_top_left_and_takes_either_mask() -> None:
@@ -618,7 +625,7 @@ def test_sdpa_wants_gqa_said() -> None:
         sa.scaled_dot_product_attention(q, k, v, np.ones((5, 9), bool), is_causal=True)
 
 
-# ---- any shape at all -----------------------------------------------------------------------------
+# ---- any shape at all ---------------------------------------------------------------------------
 
 
 @pytest.mark.promise("A1")

@@ -274,6 +274,23 @@ def test_ctrl_c_keeps_finished_rows_and_the_same_command_goes_on(tmp_path):
         assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
 
 
+@pytest.mark.promise("E4")
+def test_killed_runs_go_on_to_the_table_of_one_that_was_not(quick, tmp_path):
+    arguments = [*quick[:-4], "--context", "16", "--time-budget", "0"]
+    for count in (1, 30, 60, 90):
+        with start([*arguments, "--save", tmp_path]) as child:
+            wait_for(tmp_path / "compare.jsonl", b'"block|', count, child)
+            child.kill()
+    done = cli(*arguments, "--save", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    clean = json.loads(cli(*arguments, "--json").stdout)
+    for a, b in zip(json.loads(done.stdout)["rows"], clean["rows"], strict=True):
+        assert {**a, "tokens_per_second": 0} == {**b, "tokens_per_second": 0}
+    lines = (tmp_path / "compare.jsonl").read_text(encoding="utf-8").splitlines()
+    ids = [json.loads(line)["id"] for line in lines]
+    assert len(ids) - len(set(ids)) == ids.count("owner") - 1  # no other id twice
+
+
 @pytest.mark.promise("C4")
 def test_ctrl_c_stops_at_once_at_any_moment(tmp_path):
     """While scoring, in the reference, and in timing from short to long lengths."""

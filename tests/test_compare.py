@@ -7,8 +7,11 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -106,11 +109,15 @@ def test_seeds_run_where_a_seed_matters():
 def test_budgets_add_rows_between_their_bounds():
     result = run(attention=["dense", "window:5", "topk:4"], budgets=[0.5, 0.25])
     for budget in (0.5, 0.25):
-        rows = {r["role"]: r for r in result.rows if r["budget"] == budget}
-        assert set(rows) == {"matched", "floor", "ceiling"}
-        kept = [r["kept"] for r in result.rows if r["budget"] == budget]
-        assert len(kept) == 4 and max(kept) - min(kept) < 0.02 and abs(kept[0] - budget) < 0.03
-        assert rows["ceiling"]["kl"][0] < rows["floor"]["kl"][0]
+        rows = [r for r in result.rows if r["budget"] == budget]
+        assert [(r["role"], r["bound"]) for r in rows] == [
+            ("matched", ""),
+            ("matched", "ceiling"),  # the top-k that was asked for is the ceiling itself
+            ("bound", "floor"),
+        ]
+        kept = [r["kept"] for r in rows]
+        assert max(kept) - min(kept) < 0.02 and abs(kept[0] - budget) < 0.03
+        assert rows[1]["kl"][0] < rows[2]["kl"][0]
     assert "25 % floor" in repr(result) and "50 % ceiling" in repr(result)
 
 
@@ -133,8 +140,9 @@ def test_timed_columns():
         assert got["measured_to"] == 128
         assert got["peak_bytes"] >= 0
     assert row(result, "window:5")["time"]["128"]["ratio"][0] > 0
-    assert [t["length"] for t in result.data["timing"]] == [64, 128]
-    assert all(t["repetitions"] >= 3 for t in result.data["timing"])
+    timing = result.data["timing"]
+    assert [t["length"] for t in timing["lengths"]] == [64, 128] and timing["heads"] == 12
+    assert all(t["repetitions"] >= 3 for t in timing["lengths"])
     assert "wins from" in repr(result) and "left out" not in repr(result)
 
 
@@ -184,6 +192,41 @@ def test_a_reference_that_fails_says_so(tmp_path, monkeypatch):
     assert found == {"reason": "transformers failed (no such thing)"}
 
 
+def test_an_interrupt_ends_the_reference_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
+    monkeypatch.setattr("sparseattn.evaluation.trust.CHILD", child + "time.sleep(60)")
+    sent = []
+
+    def send():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send).start()
+    with pytest.raises(KeyboardInterrupt):
+        reference_difference(tmp_path, np.zeros(2, np.int32), np.zeros((2, 5), np.float32))
+    assert time.monotonic() - sent[0] < 0.2
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_loaded_model_is_held_against_its_own_checkpoint(monkeypatch):
+    """A model object says where it came from, not that it is still what lies there."""
+    asked = []
+    monkeypatch.setattr("sparseattn.evaluation.compare.missing_packages", list)
+    monkeypatch.setattr(
+        "sparseattn.evaluation.compare.reference_difference",
+        lambda folder, ids, logits: asked.append(folder) or {"reason": "not asked"},
+    )
+    folder = shared_path("models/stories260K")
+    for seed, want in ((None, folder), (0, None)):
+        model = sa.Model.from_pretrained(folder, random_weights=seed)
+        sa.compare(model, fake_ids(100), "dense", context=32, time_budget=0)
+        assert asked.pop() == want
+
+
 # ---- folders -----------------------------------------------------------------------------------
 
 
@@ -201,6 +244,7 @@ def test_saved_files_hold_what_was_printed(tmp_path):
     assert float(lines[1]["kl"]) == row(result, "window:5")["kl"][0]
     settings = data["settings"]
     assert settings["attention"] == SPECS and settings["context"] == 64 and settings["threads"]
+    assert data["arguments"]["max_kl"] == 0.01 and data["arguments"]["save"] == str(out)
     assert data["environment"]["cpu"] and data["environment"]["packages"]["numpy"]
 
 
@@ -249,7 +293,7 @@ def figures(result):
     data = result.to_dict()
     for r in data["rows"]:
         del r["tokens_per_second"]
-    return {k: v for k, v in data.items() if k != "environment"}
+    return {k: v for k, v in data.items() if k not in ("environment", "arguments")}
 
 
 def test_a_torn_last_line_is_dropped(tmp_path):
@@ -363,6 +407,15 @@ def test_a_full_disk_is_a_sentence():
     assert int(size) <= 2000
 
 
+def test_numpy_numbers_are_numbers(tmp_path):
+    result = run(
+        seed=np.int64(3), seeds=np.int32(2), budgets=np.array([0.5]), max_kl=np.float32(0.5),
+        context=np.int64(32), time_budget=np.float64(0), lengths=np.array([64]), save=tmp_path,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "compare.json").read_text())["arguments"]["lengths"] == [64]
+    assert result.data["settings"]["seed"] == 3
+
+
 # ---- the result --------------------------------------------------------------------------------
 
 
@@ -378,10 +431,25 @@ def test_result_object():
     assert len(lines) == 1 + len(result.rows) and {len(line) for line in lines} == {len(lines[0])}
 
 
+def test_a_result_of_nothing_yet():
+    with CompareJob(FakeModel(), fake_ids(300), Options(tokens=None, context=64)) as job:
+        result = job.result()
+    assert "no row is finished yet" in repr(result)
+    assert result.rows == [] and "<table>" not in result._repr_html_()
+
+
 def test_to_pandas():
     requires("pandas")
     frame = run().to_pandas()
     assert list(frame["variant"]) == SPECS and frame["kl"].dtype == float
+
+
+def test_without_the_extra_the_sentence_names_it(monkeypatch):
+    result = run(attention="dense")
+    for name, method in (("pandas", result.to_pandas), ("matplotlib", result.plot)):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(sa.NotSupported, match=rf"{name} .*sparseattn\[plot\]"):
+            method()
 
 
 @pytest.mark.parametrize(
@@ -393,6 +461,7 @@ def test_to_pandas():
         (Interval(2e-9, 1e-9, 3e-9), "2.0e-09±1e-09"),
         (Interval(0.0, 0.0, 0.0), "0"),
         (Interval(0.5, math.nan, math.nan), "0.500"),
+        (Interval(-0.0001, -0.01, 0.01), "0.000±0.010"),
         (None, "-"),
     ],
 )

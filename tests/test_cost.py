@@ -77,16 +77,29 @@ def test_a_union_with_a_selector_reads_every_key():
 def test_matched_rows_keep_the_share(budget, length):
     specs = parse_attention(["dense", "window:4", "topk:2"])
     rows = matched_rows(specs, [budget], length)
-    assert [row.role for row in rows] == ["matched", "matched", "floor", "ceiling"]
-    assert [type(row.spec).__name__ for row in rows[2:]] == ["RandomKeys", "TopK"]
+    assert [(row.role, row.bound) for row in rows] == [
+        ("matched", ""),
+        ("matched", "ceiling"),
+        ("bound", "floor"),
+    ]
+    assert [type(row.spec).__name__ for row in rows] == ["Window", "TopK", "RandomKeys"]
     size = rows[0].spec.size
-    assert [row.spec.k for row in rows[1:]] == [size] * 3
+    assert [row.spec.k for row in rows[1:]] == [size] * 2
     one = 1 / ((length + 1) / 2)  # what one more key a row can change, at most
     for row in rows:
         assert abs(kept_share(row.spec, length) - budget) <= one / 2 + 1e-9
     assert kept_share(rows[0].spec, length) == pytest.approx(
         sum(min(i + 1, size) for i in range(length)) / (length * (length + 1) / 2)
     )
+
+
+def test_bounds_stand_beside_what_is_neither():
+    rows = matched_rows(parse_attention("window:4"), [0.25], 64)
+    assert [(row.role, row.bound) for row in rows] == [
+        ("matched", ""),
+        ("bound", "floor"),
+        ("bound", "ceiling"),
+    ]
 
 
 def test_matching_keeps_the_other_settings_and_comes_as_near_as_it_can():
@@ -209,8 +222,8 @@ def test_repetitions_are_interleaved(clock):
 def test_what_does_not_fit_is_left_out_with_its_reason(clock):
     slow = {**QUADRATIC, "topk:16": lambda n: 2e-7 * n * n}
     now = clock(slow)
-    results = timed(now, {**SPECS, "topk:16": sa.TopK(16)}, budget=30.0)
-    assert now.now <= 30.0
+    results = timed(now, {**SPECS, "topk:16": sa.TopK(16)}, budget=45.0)
+    assert now.now <= 45.0
     assert "topk:16" in results[0].seconds
     last = results[-1]
     assert "topk:16" not in last.seconds and "time budget" in last.left_out["topk:16"]

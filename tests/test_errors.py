@@ -22,6 +22,10 @@ def call(q: Any = Q, k: Any = K, v: Any = V, spec: Any = None, **terms: Any) -> 
     return sa.attention(q, k, v, spec, **terms)
 
 
+def huge(*shape: int) -> np.ndarray:
+    return np.broadcast_to(np.ones(shape[-1], np.float32), shape)
+
+
 WRONG: list[tuple[Any, type[Exception], list[str]]] = [
     # kinds and dtypes
     (lambda: call(q=None), ValueError, ["q must be an array", "None"]),
@@ -42,6 +46,11 @@ WRONG: list[tuple[Any, type[Exception], list[str]]] = [
     (lambda: call(q=Q[:, :3]), ValueError, ["2 heads", "3 heads"]),
     (lambda: call(v=V[:, :1]), ValueError, ["v", "heads of k"]),
     (lambda: call(k=np.zeros((3, 2, 7, 16), np.float32)), ValueError, ["q (2, 4, 5, 16)", "k (3,"]),
+    # sizes that no memory holds: nothing is copied or filled before that is known
+    (lambda: call(k=huge(2, 2, 2**31, 16), v=huge(2, 2, 2**31, 8)), ValueError, ["length of k"]),
+    (lambda: call(q=huge(1, 1, 2**20, 2**20)), ValueError, ["q must be at most 4096 wide"]),
+    (lambda: call(q=huge(2, 4, 2**40, 16)), MemoryError, ["output", "does not fit in memory"]),
+    (lambda: call(q=huge(2, 4, 2**40, 32)[..., ::2]), MemoryError, ["copy of q", "does not fit"]),
     # causal, scale, softcap
     (lambda: call(causal="bottom"), ValueError, ["causal", "'bottom_right'", "'bottom'"]),
     (lambda: call(causal=1), ValueError, ["causal", "got 1"]),
@@ -127,16 +136,21 @@ WRONG: list[tuple[Any, type[Exception], list[str]]] = [
     # what runs
     (lambda: sa.set_num_threads(0), ValueError, ["0"]),
     (lambda: sa.set_num_threads(65), ValueError, ["65"]),
-    (lambda: sa.set_num_threads("two"), ValueError, ["n", "'two'"]),  # type: ignore[arg-type]
-    (lambda: sa.show_config("json"), ValueError, ["mode", "'json'"]),  # type: ignore[arg-type]
+    (lambda: sa.set_num_threads("two"), ValueError, ["n", "'two'"]),
+    (lambda: sa.show_config("json"), ValueError, ["mode", "'json'"]),
     # PyTorch's signature
     (lambda: sa.scaled_dot_product_attention(Q, K, V), ValueError, ["4, 2, 2 heads", "enable_gqa"]),
     (
         lambda: sa.scaled_dot_product_attention(Q, Q, Q, np.ones((5, 5), int)),
         TypeError,
-        ["int64", "astype(bool)"],
+        ["attn_mask has dtype int64", "astype(bool)"],
     ),
-    (lambda: sa.scaled_dot_product_attention(Q[0, 0, 0], Q, Q), ValueError, ["(16,)"]),
+    (lambda: sa.scaled_dot_product_attention(Q[0, 0, 0], Q, Q), ValueError, ["query", "(16,)"]),
+    (
+        lambda: sa.scaled_dot_product_attention(Q, Q, Q, np.ones((5, 4), bool)),
+        ValueError,
+        ["attn_mask must broadcast", "(5, 4)"],
+    ),
     (
         lambda: sa.scaled_dot_product_attention(Q[:, :3], K, V, enable_gqa=True),
         ValueError,

@@ -42,7 +42,7 @@ def assert_same_bits(a: Any, b: Any, rows: np.ndarray) -> None:
 
 
 def test_a_row_that_sees_nothing(spec: Variant, n_q: int, isa: str) -> None:
-    shape, q, k, v, call = setting(spec, n_q, seed=0)
+    _, q, k, v, call = setting(spec, n_q, seed=0)
     mask = np.ones((*q.shape[:3], N_K), bool)
     mask[0, :, n_q // 2] = False
     mask[1, 0] = False
@@ -61,7 +61,7 @@ def test_a_row_that_sees_nothing(spec: Variant, n_q: int, isa: str) -> None:
 @pytest.mark.parametrize("bad", BAD)
 def test_what_is_masked_has_no_effect(spec: Variant, n_q: int, bad: float, isa: str) -> None:
     """Keys and values that a mask, padding or causality hides are never touched."""
-    shape, q, k, v, call = setting(spec, n_q, seed=1)
+    _, q, k, v, call = setting(spec, n_q, seed=1)
     rng = np.random.default_rng(2)
     key_mask = rng.random((2, N_K)) < 0.8
     mask = rng.random((N_K,)) < 0.8
@@ -84,7 +84,7 @@ def test_what_is_masked_has_no_effect(spec: Variant, n_q: int, bad: float, isa: 
 @pytest.mark.parametrize("bad", BAD)
 def test_what_is_not_selected_has_no_effect(spec: Variant, n_q: int, bad: float, isa: str) -> None:
     """Values that a row does not keep; keys too, where keys are not read to select."""
-    shape, q, k, v, call = setting(spec, n_q, seed=3, causal=False)
+    _, q, k, v, call = setting(spec, n_q, seed=3, causal=False)
     kept = sa.plan(q, k, spec, **call).to_mask()
     before = run(q, k, v, spec, call)
     for j in (0, 17, N_K - 1):
@@ -129,7 +129,7 @@ def test_nan_in_use_stays_in_its_rows(spec: Variant, n_q: int, where: str, isa: 
 
 def test_a_score_of_plus_infinity(spec: Variant, n_q: int, isa: str) -> None:
     """The row is NaN where it keeps the key, as in PyTorch; other rows keep their bits."""
-    shape, q, k, v, call = setting(spec, n_q, seed=5, causal=False)
+    _, q, k, v, call = setting(spec, n_q, seed=5, causal=False)
     before = run(q, k, v, spec, {**call, "bias": np.zeros((n_q, N_K), np.float32)})
     bias = np.zeros((n_q, N_K), np.float32)
     bias[n_q // 2, 7] = np.inf
@@ -165,7 +165,7 @@ def test_huge_equal_and_denormal_scores(spec: Variant, n_q: int, size: float, is
 
 
 def test_a_bias_of_minus_infinity_hides(spec: Variant, n_q: int, isa: str) -> None:
-    shape, q, k, v, call = setting(spec, n_q, seed=7)
+    _, q, k, v, call = setting(spec, n_q, seed=7)
     got = run(q, k, v, spec, {**call, "bias": np.full((1, 1), -np.inf, np.float32)})
     assert not got.out.any() and np.isneginf(got.lse).all()
     bias = np.zeros((n_q, N_K), np.float32)

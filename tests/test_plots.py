@@ -32,19 +32,32 @@ def matplotlib():
 
 
 def test_quality_against_cost_has_a_labelled_point_a_variant(data):
-    figure = plots.quality_cost(data)
-    (axes,) = figure.axes
-    assert [text.get_text() for text in axes.texts] == ["window:5", "topk:4"]
-    points = [line.lines[0].get_xydata()[0] for line in axes.containers]
-    for (x, y), row in zip(points, data["rows"][1:], strict=True):
-        assert x == pytest.approx(100 * row["kept"]) and y == pytest.approx(row["kl"][0])
-    assert "KL" in axes.get_ylabel() and "%" in axes.get_xlabel()
-    assert axes.get_xscale() == axes.get_yscale() == "log"
+    left, right = plots.quality_cost(data).axes
+    rows = data["rows"][1:]
+    read = [50 * (row["k_rows"] + row["v_rows"]) for row in rows]
+    for axes, costs in ((left, [100 * row["kept"] for row in rows]), (right, read)):
+        assert [text.get_text() for text in axes.texts] == ["window:5", "topk:4"]
+        points = [bars.lines[0].get_xydata()[0] for bars in axes.containers]
+        assert [x for x, _ in points] == pytest.approx(costs)
+        assert [y for _, y in points] == pytest.approx([row["kl"][0] for row in rows])
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+        assert "%" in axes.get_xlabel()
+    assert "KL" in left.get_ylabel()
+
+
+def test_labels_keep_apart(data):
+    rows = [{**data["rows"][1], "variant": f"window:{i}"} for i in range(4)]  # all on one point
+    figure = plots.quality_cost({**data, "rows": rows})
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_time_against_length_has_a_line_a_variant(data):
-    (axes,) = plots.time_ratio(data).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["window:5", "topk:4"]
+    figure = plots.time_ratio(data)
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["window:5", "topk:4"]
     lines = [bars.lines[0] for bars in axes.containers]
     assert [list(line.get_xdata()) for line in lines] == [[512, 1024, 65536]] * 2
     assert [text.get_text() for text in axes.get_xticklabels()] == ["512", "1k", "64k"]
@@ -81,7 +94,7 @@ def test_a_result_plots_and_a_run_saves(tmp_path):
     result = sa.compare(
         FakeModel(), fake_ids(200), "window:5", None, context=64, time_budget=0, save=tmp_path
     )
-    assert len(result.plot().axes) == 1
+    assert len(result.plot().axes) == 2
     ElementTree.parse(tmp_path / "compare.svg")
     assert not (tmp_path / "compare-time.svg").exists()
     assert json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["complete"]

@@ -30,7 +30,7 @@ def test_text_round_trip(cls: type[Variant], text: str) -> None:
     assert pickle.loads(pickle.dumps(spec)) == spec
     assert sa.parse(f"  {text.upper()} ") == spec
     with pytest.raises((AttributeError, TypeError)):  # frozen, and nothing to add to
-        spec.another = 1  # type: ignore[attr-defined]
+        spec.another = 1
 
 
 whole = st.integers(0, 2**30 - 1)
@@ -151,18 +151,18 @@ def test_wrong_text_is_answered(text: str, words: list[str]) -> None:
     "make",
     [
         lambda: sa.TopK(True),
-        lambda: sa.TopK(1.5),  # type: ignore[arg-type]
-        lambda: sa.TopK("3"),  # type: ignore[arg-type]
+        lambda: sa.TopK(1.5),
+        lambda: sa.TopK("3"),
         lambda: sa.TopK(2**40),
-        lambda: sa.TopK(3, "mid"),  # type: ignore[arg-type]
+        lambda: sa.TopK(3, "mid"),
         lambda: sa.Window(),
-        lambda: sa.Window(window_size=(1, 2, 3)),  # type: ignore[arg-type]
+        lambda: sa.Window(window_size=(1, 2, 3)),
         lambda: sa.PerHead([]),
         lambda: sa.PerLayer({-1: "dense"}),
-        lambda: sa.PerLayer({"0": "dense"}),  # type: ignore[dict-item]
+        lambda: sa.PerLayer({"0": "dense"}),
         lambda: sa.Union([sa.Dense()]),
-        lambda: sa.parse(3),  # type: ignore[arg-type]
-        lambda: sa.Dense() + 3,  # type: ignore[operator]
+        lambda: sa.parse(3),
+        lambda: sa.Dense() + 3,
     ],
 )
 def test_wrong_values_are_answered(make: Any) -> None:
@@ -171,10 +171,10 @@ def test_wrong_values_are_answered(make: Any) -> None:
 
 
 def test_values_become_plain() -> None:
-    spec = sa.Window(np.int64(5), sinks=np.int32(2), globals=np.array([9, 3]))  # type: ignore[arg-type]
+    spec = sa.Window(np.int64(5), sinks=np.int32(2), globals=np.array([9, 3]))
     assert spec == sa.Window(5, sinks=2, globals=(3, 9))
     assert {type(x) for x in (spec.size, spec.sinks, *spec.globals)} == {int}
-    assert repr(sa.TopK(np.int8(3))) == "TopK(k=3, placement='pre')"  # type: ignore[arg-type]
+    assert repr(sa.TopK(np.int8(3))) == "TopK(k=3, placement='pre')"
 
 
 def test_window_counts_the_query_itself() -> None:
@@ -222,12 +222,12 @@ def test_heads_draw_apart() -> None:
         x, x, "perhead(random:8|dense|random:8|window:3+random:8)", causal=True
     ).to_mask()
     assert (kept[0, 0] != kept[0, 2]).any() and (kept[0, 2] & ~kept[0, 3]).any()
-    seeds = {sa.RandomKeys(1, seed).for_head(h).seed for seed in range(50) for h in range(50)}  # type: ignore[attr-defined]
+    seeds = {sa.RandomKeys(1, seed).for_head(h).seed for seed in range(50) for h in range(50)}
     assert len(seeds) == 2500
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_fields_are_scalars_and_short_tuples(spec: Variant) -> None:
-    for f in dataclasses.fields(spec):  # type: ignore[arg-type]
+    for f in dataclasses.fields(spec):
         value = getattr(spec, f.name)
         assert value is None or isinstance(value, int | float | str | tuple), f.name

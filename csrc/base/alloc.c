@@ -25,14 +25,14 @@
 #define HIDE(address, bytes) ASAN_POISON_MEMORY_REGION(address, bytes)
 #define SHOW(address, bytes) ASAN_UNPOISON_MEMORY_REGION(address, bytes)
 #else
-#define ASAN                 0
+#define ASAN 0
 #define HIDE(address, bytes) ((void)(address), (void)(bytes))
 #define SHOW(address, bytes) ((void)(address), (void)(bytes))
 #endif
 
 enum { FILL = 0xFF, FENCE = 0xFB, PIECES = 64 };
 
-#define LARGE     ((size_t)4 << 20)
+#define LARGE ((size_t)4 << 20)
 #define HUGE_PAGE ((size_t)2 << 20)
 #define MAX_BYTES ((size_t)1 << (sizeof(size_t) == 8 ? 47 : 30)) /* no address space holds more */
 

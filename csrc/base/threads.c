@@ -10,11 +10,11 @@
 #include "base/threads.h"
 #include "base/view.h"
 
-#define SPIN_NS         40000    /* how long a worker without a call spins before it sleeps   */
-#define CALLER_SPIN_NS  150000   /* how long a caller spins for workers that are still inside */
-#define CROWDED_SPIN_NS 1000     /* either, with more threads than CPUs                       */
-#define POLL_NS         20000000 /* between two polls, so the longest sleep of a caller, too  */
-#define STACK_BYTES     ((size_t)2 << 20)
+#define SPIN_NS 40000         /* how long a worker without a call spins before it sleeps   */
+#define CALLER_SPIN_NS 150000 /* how long a caller spins for workers that are still inside */
+#define CROWDED_SPIN_NS 1000  /* either, with more threads than CPUs                       */
+#define POLL_NS 20000000      /* between two polls, so the longest sleep of a caller, too  */
+#define STACK_BYTES ((size_t)2 << 20)
 
 #define OPEN 0x80000000u /* gate: workers may enter; the lower bits count those inside */
 

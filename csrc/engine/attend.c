@@ -34,7 +34,9 @@ sa_cursor_next(sa_cursor *c, sa_key_tile *tile)
     tile->n = 0;
     tile->v_finite = -1;
     while (c->span < c->end) {
-        const sa_tile_kind kind = c->span < c->see ? SA_TILE_FULL : c->span < c->band ? SA_TILE_SEE : SA_TILE_BAND;
+        const sa_tile_kind kind = c->span < c->see    ? SA_TILE_FULL
+                                  : c->span < c->band ? SA_TILE_SEE
+                                                      : SA_TILE_BAND;
         const int32_t start = c->plan->start[c->span];
         const int32_t stop = SA_MIN(start + sa_plan_span_len(c->plan, c->span), c->piece_hi);
         int32_t at = SA_MAX(c->at, SA_MAX(start, c->piece_lo));
@@ -83,7 +85,8 @@ void
 sa_group_terms(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, void *t)
 {
     const sa_query *const q = &g->s.query[r];
-    sa_score_terms(g->call->p, g->masked && tile->kind != SA_TILE_FULL, g->b, q->head, q->i, tile->keys + x0, n, t);
+    sa_score_terms(g->call->p, g->masked && tile->kind != SA_TILE_FULL, g->b, q->head, q->i,
+                   tile->keys + x0, n, t);
 }
 
 char *
@@ -142,12 +145,16 @@ take(sa_arena *arena, void *pointer, size_t bytes)
 static size_t
 carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *s)
 {
-    const size_t w = (size_t)call->tile->strip_max, rows = w * SA_GROUP_STRIPS, real = call->real_bytes;
+    const size_t w = (size_t)call->tile->strip_max, rows = w * SA_GROUP_STRIPS,
+                 real = call->real_bytes;
     const size_t dim = (size_t)call->p->dim, dim_v = (size_t)call->p->dim_v;
-    return take(arena, &s->query, rows * sizeof(sa_query)) + take(arena, &s->warm, rows) + take(arena, &s->qt, rows * dim * real) +
-           take(arena, &s->o, rows * dim_v * real) + take(arena, &s->m, rows * real) + take(arena, &s->l, rows * real) +
-           take(arena, &s->s, (SA_TILE_KEYS + SA_TILE_STEP) * w * real) + take(arena, &s->t, SA_TILE_KEYS * w * real) +
-           take(arena, &s->t_rows, SA_TILE_KEYS * w * real) + take(arena, &s->k, SA_TILE_KEYS * dim * real) +
+    return take(arena, &s->query, rows * sizeof(sa_query)) + take(arena, &s->warm, rows) +
+           take(arena, &s->qt, rows * dim * real) + take(arena, &s->o, rows * dim_v * real) +
+           take(arena, &s->m, rows * real) + take(arena, &s->l, rows * real) +
+           take(arena, &s->s, (SA_TILE_KEYS + SA_TILE_STEP) * w * real) +
+           take(arena, &s->t, SA_TILE_KEYS * w * real) +
+           take(arena, &s->t_rows, SA_TILE_KEYS * w * real) +
+           take(arena, &s->k, SA_TILE_KEYS * dim * real) +
            take(arena, &s->v, SA_TILE_KEYS * dim_v * real) + take(arena, &s->factor, w * real) +
            take(arena, &s->lse, w * real);
 }
@@ -167,13 +174,15 @@ query_of(const sa_plan *plan, int64_t b, int64_t map, int64_t head, int64_t i)
     return q;
 }
 
-/* All rows of one block for the heads [head, head + n): groups of as many strips as share a walk. */
+/* All rows of one block for the heads [head, head + n): groups of as many strips as share a walk.
+ */
 static void
 run_block(sa_group *g, int64_t map, int64_t block, int64_t head, int64_t n_heads)
 {
     const sa_plan *const plan = g->plan;
     const sa_tile *const t = g->call->tile;
-    const int64_t begin = plan->row_start[block], end = SA_MIN(begin + plan->rows_per_block, plan->n_q);
+    const int64_t begin = plan->row_start[block],
+                  end = SA_MIN(begin + plan->rows_per_block, plan->n_q);
     const int64_t rows = n_heads * (end - begin), most = (int64_t)t->strip_max * SA_GROUP_STRIPS;
     const bool few = rows <= t->lanes / 4;
     g->slot = map * plan->n_blocks + block;
@@ -181,7 +190,8 @@ run_block(sa_group *g, int64_t map, int64_t block, int64_t head, int64_t n_heads
         g->n_rows = (int)SA_MIN(most, rows - first);
         for (int r = 0; r < g->n_rows; r++) {
             const int64_t at = first + r;
-            g->s.query[r] = query_of(plan, g->b, map, head + at / (end - begin), begin + at % (end - begin));
+            g->s.query[r] =
+                query_of(plan, g->b, map, head + at / (end - begin), begin + at % (end - begin));
         }
         (few ? sa_attend_rows : sa_attend_strips)(g);
     }
@@ -213,7 +223,8 @@ run_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
         return sa_fail(ctx, SA_EINTERNAL, "attend: the scratch reserved is too small");
     }
     const int64_t map = sa_plan_map(g.plan, g.b, head);
-    for (int64_t block = run * cut->blocks; block < SA_MIN((run + 1) * cut->blocks, g.plan->n_blocks); block++) {
+    for (int64_t block = run * cut->blocks;
+         block < SA_MIN((run + 1) * cut->blocks, g.plan->n_blocks); block++) {
         if (sa_stopped(ctx)) {
             break;
         }
@@ -232,18 +243,20 @@ join_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     double factor, lse;
     (void)ctx;
     (void)worker;
-    for (int64_t row = task * 64; row < SA_MIN((task + 1) * 64, p->batch * p->heads * p->n_q); row++) {
+    for (int64_t row = task * 64; row < SA_MIN((task + 1) * 64, p->batch * p->heads * p->n_q);
+         row++) {
         const sa_query q = {.head = row / p->n_q % p->heads, .i = row % p->n_q};
         const int64_t b = row / (p->n_q * p->heads);
         char *const first = sa_partial_row(call, 0, b, &q);
         for (int64_t piece = 1; piece < call->pieces; piece++) {
             const char *const next = sa_partial_row(call, piece, b, &q);
-            call->tile->join_row(first, first + real, first + 2 * real, next, next + real, next + 2 * real, (int)p->dim_v);
+            call->tile->join_row(first, first + real, first + 2 * real, next, next + real,
+                                 next + 2 * real, (int)p->dim_v);
         }
         call->tile->finish(&factor, &lse, first, first + real, 1);
         sa_lse_write(call, b, &q, &lse);
-        call->tile->store_row(sa_view_row(call->out, b, q.head, q.i), call->out.dtype, first + 2 * real, (int)p->dim_v,
-                              &factor);
+        call->tile->store_row(sa_view_row(call->out, b, q.head, q.i), call->out.dtype,
+                              first + 2 * real, (int)p->dim_v, &factor);
     }
     return SA_OK;
 }
@@ -257,20 +270,26 @@ check_parts(sa_ctx *ctx, const sa_problem *p, const sa_part *parts, int n_parts)
         if (plan->n_q != p->n_q || plan->n_k != p->n_k || plan->heads != p->heads ||
             ((plan->per_batch || plan->see_maps > 1) && plan->batch != p->batch)) {
             return sa_fail(ctx, SA_EINVAL,
-                           "plan is for batch %lld, %lld heads, %lld queries, %lld keys, but q and k have %lld, %lld, %lld, %lld; "
+                           "plan is for batch %lld, %lld heads, %lld queries, %lld keys, but q and "
+                           "k have %lld, %lld, %lld, %lld; "
                            "make the plan from these arrays",
-                           (long long)plan->batch, (long long)plan->heads, (long long)plan->n_q, (long long)plan->n_k,
-                           (long long)p->batch, (long long)p->heads, (long long)p->n_q, (long long)p->n_k);
+                           (long long)plan->batch, (long long)plan->heads, (long long)plan->n_q,
+                           (long long)plan->n_k, (long long)p->batch, (long long)p->heads,
+                           (long long)p->n_q, (long long)p->n_k);
         }
-        if (parts[i].head_begin != covered || parts[i].head_end <= covered || parts[i].head_end > p->heads) {
-            return sa_fail(ctx, SA_EINVAL, "part %d covers heads %lld to %lld, but %lld is next; give every head once, in order", i,
-                           (long long)parts[i].head_begin, (long long)parts[i].head_end, (long long)covered);
+        if (parts[i].head_begin != covered || parts[i].head_end <= covered ||
+            parts[i].head_end > p->heads) {
+            return sa_fail(ctx, SA_EINVAL,
+                           "part %d covers heads %lld to %lld, but %lld is next; give every head "
+                           "once, in order",
+                           i, (long long)parts[i].head_begin, (long long)parts[i].head_end,
+                           (long long)covered);
         }
         covered = parts[i].head_end;
     }
     if (covered != p->heads) {
-        return sa_fail(ctx, SA_EINVAL, "the parts cover %lld of %lld heads; give every head once", (long long)covered,
-                       (long long)p->heads);
+        return sa_fail(ctx, SA_EINVAL, "the parts cover %lld of %lld heads; give every head once",
+                       (long long)covered, (long long)p->heads);
     }
     return SA_OK;
 }
@@ -286,15 +305,19 @@ reserve_pieces(sa_ctx *ctx, sa_attend_call *call, int64_t tasks)
         return SA_OK;
     }
     call->pieces = (p->n_k + SA_PIECE_KEYS - 1) / SA_PIECE_KEYS;
-    if (!sa_mul((size_t)(p->batch * p->heads), (size_t)p->n_q, &bytes) || !sa_mul(bytes, (size_t)call->pieces, &bytes) ||
-        !sa_mul(bytes, (size_t)(p->dim_v + 2) * call->real_bytes, &bytes) || (call->partial = sa_malloc(bytes)) == NULL) {
-        return sa_fail(ctx, SA_ENOMEM, "attend: no memory for the partial results of %lld pieces", (long long)call->pieces);
+    if (!sa_mul((size_t)(p->batch * p->heads), (size_t)p->n_q, &bytes) ||
+        !sa_mul(bytes, (size_t)call->pieces, &bytes) ||
+        !sa_mul(bytes, (size_t)(p->dim_v + 2) * call->real_bytes, &bytes) ||
+        (call->partial = sa_malloc(bytes)) == NULL) {
+        return sa_fail(ctx, SA_ENOMEM, "attend: no memory for the partial results of %lld pieces",
+                       (long long)call->pieces);
     }
     return SA_OK;
 }
 
 sa_status
-sa_attend(sa_ctx *ctx, sa_view out, sa_view lse, const sa_problem *p, const sa_part *parts, int n_parts)
+sa_attend(sa_ctx *ctx, sa_view out, sa_view lse, const sa_problem *p, const sa_part *parts,
+          int n_parts)
 {
     sa_attend_call call = {.p = p, .out = out, .lse = lse, .parts = parts, .n_parts = n_parts};
     sa_attend_scratch none;

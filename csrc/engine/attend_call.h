@@ -1,4 +1,5 @@
-/* attend_call.h - what the two paths of attend share: the call, one group of rows, the walk over key tiles. */
+/* attend_call.h - what the two paths of attend share: the call, one group of rows, the walk over
+ * key tiles. */
 #ifndef SA_ATTEND_CALL_H
 #define SA_ATTEND_CALL_H
 
@@ -8,14 +9,14 @@
 enum {
     SA_PIECE_KEYS = 4096, /* keys of one piece when a call has few tasks         */
     SA_FEW_TASKS = 8,
-    SA_GROUP_STRIPS = 4   /* strips whose states share the walk over the keys    */
+    SA_GROUP_STRIPS = 4 /* strips whose states share the walk over the keys    */
 };
 
 /* How a part is cut: a task is (batch, run of heads, run of blocks, piece of keys). */
 typedef struct {
     int64_t heads, head_runs; /* heads of a task; runs in the part */
     int64_t blocks, block_runs;
-    int64_t tasks;            /* batch * head_runs * block_runs    */
+    int64_t tasks; /* batch * head_runs * block_runs    */
 } sa_cut;
 
 typedef struct {
@@ -26,24 +27,25 @@ typedef struct {
     int n_parts;
     const sa_tile *tile;
     int64_t pieces;
-    char *partial;         /* [pieces][batch * heads * n_q][m, l, o[dim_v]] when pieces > 1 */
+    char *partial; /* [pieces][batch * heads * n_q][m, l, o[dim_v]] when pieces > 1 */
     size_t real_bytes;
 } sa_attend_call;
 
 typedef struct {
     int64_t head, i;
-    int32_t see_lo, see_hi; /* what the row may see                  */
+    int32_t see_lo, see_hi;   /* what the row may see                  */
     int32_t band_lo, band_hi; /* that, cut by its band               */
 } sa_query;
 
 /* Scratch of a worker, carved from its arena. */
 typedef struct {
-    sa_query *query;            /* [strips * w]                                  */
-    unsigned char *warm;        /* [strips * w] 1 at a vector's first column once it has a maximum */
-    char *qt, *o, *m, *l;       /* [strips][dim][w], [strips][dim_v][w], [strips][w] */
-    char *s, *t, *t_rows;       /* [KEYS][w], [KEYS][w], [w][KEYS]               */
-    char *k, *v;                /* [KEYS][dim], [KEYS][dim_v]: rows that are not read in place */
-    char *factor, *lse;         /* [w]                                           */
+    sa_query *query;      /* [strips * w]                                  */
+    unsigned char *warm;  /* [strips * w] 1 at a vector's first column once it has a maximum */
+    char *qt, *o, *m, *l; /* [strips][dim][w], [strips][dim_v][w], [strips][w] */
+    char *s, *t;          /* [KEYS + STEP][w] scores; [KEYS][w] terms, or scores before the fold */
+    char *t_rows;         /* [w][KEYS] terms by row                        */
+    char *k, *v;          /* [KEYS][dim], [KEYS][dim_v]: rows that are not read in place */
+    char *factor, *lse;   /* [w]                                           */
 } sa_attend_scratch;
 
 /* A tile of keys. */
@@ -56,7 +58,8 @@ typedef struct {
     const void *k_row[SA_TILE_KEYS], *v_row[SA_TILE_KEYS];
 } sa_key_tile;
 
-/* Where the walk over a block's spans stands. Full spans run together into one tile; clipped ones do not. */
+/* Where the walk over a block's spans stands. Full spans run together into one tile; clipped ones
+ * do not. */
 typedef struct {
     const sa_plan *plan;
     int64_t span, see, band, end;
@@ -69,7 +72,7 @@ typedef struct {
     const sa_attend_call *call;
     const sa_plan *plan;
     sa_attend_scratch s;
-    int64_t b, g, slot;          /* batch, kv head, map * n_blocks + block */
+    int64_t b, g, slot; /* batch, kv head, map * n_blocks + block */
     int64_t piece;
     int n_rows;
     bool masked, terms;

@@ -1,4 +1,8 @@
-/* attend_rows.c - the row path: few query rows (token selections, decode), one at a time, straight from K and V. */
+/* attend_rows.c - the row path: few query rows (token selections, decode), one at a time, straight
+ * from K and V. */
+#include <math.h>
+#include <string.h>
+
 #include "engine/attend_call.h"
 
 /* Keys [a, b) of the tile against row r: dot, terms, fold, axpy. */
@@ -11,12 +15,14 @@ row_keys(const sa_group *g, int r, const sa_key_tile *tile, int a, int b)
     if (p->softcap > 0) {
         t->softcap(g->s.s, b - a, p->softcap);
     }
-    if (g->terms || (g->masked && tile->kind != SA_TILE_FULL)) {
+    const bool terms = g->terms || (g->masked && tile->kind != SA_TILE_FULL);
+    if (terms) {
         sa_group_terms(g, r, tile, a, b - a, g->s.t);
         t->add_term(g->s.s, g->s.t, b - a);
+        memcpy(g->s.t, g->s.s, (size_t)(b - a) * g->call->real_bytes);
     }
     t->fold_row(g->s.s, b - a, g->s.m, g->s.l, g->s.o, (int)p->dim_v);
-    t->axpys(g->s.o, g->s.s, tile->v_row + a, b - a, (int)p->dim_v);
+    t->axpys(g->s.o, g->s.s, terms ? g->s.t : NULL, tile->v_row + a, b - a, (int)p->dim_v);
 }
 
 static void
@@ -27,15 +33,15 @@ row_end(const sa_group *g, int r)
     const size_t bytes = call->real_bytes;
     if (call->pieces > 1) {
         char *const part = sa_partial_row(call, g->piece, g->b, q);
-        __builtin_memcpy(part, g->s.m, bytes);
-        __builtin_memcpy(part + bytes, g->s.l, bytes);
-        __builtin_memcpy(part + 2 * bytes, g->s.o, (size_t)call->p->dim_v * bytes);
+        memcpy(part, g->s.m, bytes);
+        memcpy(part + bytes, g->s.l, bytes);
+        memcpy(part + 2 * bytes, g->s.o, (size_t)call->p->dim_v * bytes);
         return;
     }
     call->tile->finish(g->s.factor, g->s.lse, g->s.m, g->s.l, 1);
     sa_lse_write(call, g->b, q, g->s.lse);
-    call->tile->store_row(sa_view_row(call->out, g->b, q->head, q->i), call->out.dtype, g->s.o, (int)call->p->dim_v,
-                          g->s.factor);
+    call->tile->store_row(sa_view_row(call->out, g->b, q->head, q->i), call->out.dtype, g->s.o,
+                          (int)call->p->dim_v, g->s.factor);
 }
 
 void
@@ -49,10 +55,11 @@ sa_attend_rows(sa_group *g)
         const sa_query *const q = &g->s.query[r];
         sa_cursor cursor = sa_cursor_start(g);
         sa_key_tile tile;
-        t->load_rows(g->s.qt, p->dim, sa_view_row(p->q, g->b, q->head, q->i), p->q.dtype, 0, 1, (int)p->dim, p->scale);
+        t->load_rows(g->s.qt, p->dim, sa_view_row(p->q, g->b, q->head, q->i), p->q.dtype, 0, 1,
+                     (int)p->dim, p->scale);
         t->fill(g->s.o, p->dim_v, 0.0);
         t->fill(g->s.l, 1, 0.0);
-        t->fill(g->s.m, 1, -__builtin_inf());
+        t->fill(g->s.m, 1, -INFINITY);
         while (!sa_stopped(g->ctx) && sa_cursor_next(&cursor, &tile)) {
             int64_t a = 0, b = tile.n;
             if (tile.kind != SA_TILE_FULL) {

@@ -1,8 +1,12 @@
-/* attend_strips.c - the tile path: queries in the SIMD lanes, keys and values read where they lie. */
+/* attend_strips.c - the tile path: queries in the SIMD lanes, keys and values read where they lie.
+ */
+#include <math.h>
+#include <string.h>
+
 #include "engine/attend_call.h"
 
 typedef struct {
-    int first, rows, wide;    /* query rows of the strip; columns that hold them */
+    int first, rows, wide; /* query rows of the strip; columns that hold them */
     char *qt, *o, *m, *l;
     unsigned char *warm;
 } strip;
@@ -45,12 +49,12 @@ strip_begin(const sa_group *g, int w, strip st)
     t->load_cols(st.qt, w, row, p->q.dtype, st.rows, (int)p->dim, p->scale);
     t->fill(st.o, p->dim_v * w, 0.0);
     t->fill(st.l, w, 0.0);
-    t->fill(st.m, w, -__builtin_inf());
-    __builtin_memset(st.warm, 0, (size_t)w);
+    t->fill(st.m, w, -INFINITY);
+    memset(st.warm, 0, (size_t)w);
 }
 
-/* Whether every vector of the columns has met keys before; from now on it has. Without a maximum to be stale the
- * exponentials would have to be done twice. */
+/* Whether every vector of the columns has met keys before; from now on it has. Without a maximum to
+ * be stale the exponentials would have to be done twice. */
 static bool
 warm_up(const sa_group *g, strip st, int r0, int wide)
 {
@@ -64,7 +68,8 @@ warm_up(const sa_group *g, strip st, int r0, int wide)
 
 /* Soft-cap and terms of columns [r0, r0 + wide) of a strip, keys x0 .. x0 + n of the tile. */
 static void
-strip_terms(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_tile *tile, int x0, int n, char *s)
+strip_terms(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_tile *tile, int x0,
+            int n, char *s)
 {
     const sa_tile *const t = g->call->tile;
     const size_t bytes = g->call->real_bytes;
@@ -89,10 +94,11 @@ strip_terms(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_t
     }
 }
 
-/* Keys [x0, x1) of the tile against columns [r0, r0 + wide); lo and hi, when given, say what the rows see of the tile. */
+/* Keys [x0, x1) of the tile against columns [r0, r0 + wide); lo and hi, when given, say what the
+ * rows see of the tile. */
 static void
-strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile *tile, int x0, int x1,
-              const int32_t *lo, const int32_t *hi)
+strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile *tile, int x0,
+              int x1, const int32_t *lo, const int32_t *hi)
 {
     const sa_problem *const p = g->call->p;
     const sa_tile *const t = g->call->tile;
@@ -106,8 +112,9 @@ strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile 
         tile->v_finite = t->finite(tile->v_row, tile->n, dim_v);
     }
     whole = whole || tile->v_finite == 1;
-    if (!warm_up(g, st, r0, wide) || terms || p->softcap > 0 ||
-        !t->scores_exp(g->s.s, st.qt + off, w, wide, tile->k_row + x0, n, dim, st.m + off, st.l + off, clip)) {
+    if (!warm_up(g, st, r0, wide) || terms || p->softcap > 0 || !whole ||
+        !t->scores_exp(g->s.s, st.qt + off, w, wide, tile->k_row + x0, n, dim, st.m + off,
+                       st.l + off, clip)) {
         t->scores(g->s.s, st.qt + off, w, wide, tile->k_row + x0, n, dim);
         if (terms || p->softcap > 0) {
             strip_terms(g, w, st, r0, wide, tile, x0, n, g->s.s);
@@ -115,9 +122,17 @@ strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile 
         if (clip != NULL) {
             t->clip(g->s.s, w, wide, n, clip);
         }
+        if (!whole) {
+            memcpy(g->s.t, g->s.s, (size_t)(n * w) * g->call->real_bytes);
+        }
         t->fold(g->s.s, w, wide, n, st.m + off, st.l + off, st.o + off, dim_v);
     }
-    (whole ? t->values : t->values_select)(st.o + off, g->s.s, w, wide, tile->v_row + x0, n, dim_v);
+    const void *const *const v_row = tile->v_row + x0;
+    if (whole) {
+        t->values(st.o + off, g->s.s, w, wide, v_row, n, dim_v);
+    } else {
+        t->values_select(st.o + off, g->s.s, g->s.t, w, wide, v_row, n, dim_v);
+    }
 }
 
 /* First and one-past-last tile key that query row sees, relative to the tile. */
@@ -126,15 +141,16 @@ row_bounds(const sa_query *q, const sa_key_tile *tile, int32_t *lo, int32_t *hi)
 {
     const bool band = tile->kind == SA_TILE_BAND;
     const int64_t first = tile->keys[0];
-    const int64_t a = (band ? q->band_lo : q->see_lo) - first, b = (band ? q->band_hi : q->see_hi) - first;
+    const int64_t a = (band ? q->band_lo : q->see_lo) - first,
+                  b = (band ? q->band_hi : q->see_hi) - first;
     *lo = (int32_t)SA_MIN(SA_MAX(a, 0), tile->n);
     *hi = (int32_t)SA_MIN(SA_MAX(b, 0), tile->n);
 }
 
 /* Columns [r0, r0 + wide) against keys [x0, x1), clipped only where some row sees less. */
 static void
-strip_part(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile *tile, int x0, int x1, const int32_t *lo,
-           const int32_t *hi)
+strip_part(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile *tile, int x0, int x1,
+           const int32_t *lo, const int32_t *hi)
 {
     bool clipped = false;
     if (x0 >= x1) {
@@ -146,8 +162,8 @@ strip_part(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile *ti
     strip_columns(g, w, st, r0, wide, tile, x0, x1, clipped ? lo : NULL, clipped ? hi : NULL);
 }
 
-/* A tile that rows see in part: all columns over the keys that every vector of rows reaches, then each vector over
- * what only it reaches, so that little is computed to be thrown away. */
+/* A tile that rows see in part: all columns over the keys that every vector of rows reaches, then
+ * each vector over what only it reaches, so that little is computed to be thrown away. */
 static void
 strip_clipped(const sa_group *g, int w, strip st, sa_key_tile *tile)
 {
@@ -196,24 +212,26 @@ strip_end(const sa_group *g, int w, strip st)
         const sa_query *const q = &g->s.query[st.first + r];
         if (split) {
             char *const part = sa_partial_row(call, g->piece, g->b, q);
-            __builtin_memcpy(part, st.m + (size_t)r * bytes, bytes);
-            __builtin_memcpy(part + bytes, st.l + (size_t)r * bytes, bytes);
+            memcpy(part, st.m + (size_t)r * bytes, bytes);
+            memcpy(part + bytes, st.l + (size_t)r * bytes, bytes);
             row[r] = part + 2 * bytes;
         } else {
             sa_lse_write(call, g->b, q, g->s.lse + (size_t)r * bytes);
             row[r] = sa_view_row(call->out, g->b, q->head, q->i);
         }
     }
-    t->store_cols(row, split ? (bytes == 8 ? SA_F64 : SA_F32) : call->out.dtype, st.o, w, st.rows, dim_v, g->s.factor);
+    t->store_cols(row, split ? (bytes == 8 ? SA_F64 : SA_F32) : call->out.dtype, st.o, w, st.rows,
+                  dim_v, g->s.factor);
 }
 
-/* Rows whose bytes fall on the same few sets of a 4096-byte cache way, as heads interleaved in a wide row do, are
- * copied once a tile; so are rows of a storage type. */
+/* Rows whose bytes fall on the same few sets of a 4096-byte cache way, as heads interleaved in a
+ * wide row do, are copied once a tile; so are rows of a storage type. */
 static bool
 in_place(const sa_view *v, int64_t dim, size_t real_bytes)
 {
     const int64_t step = v->stride[2] * (int64_t)real_bytes;
-    return sa_dtype_size(v->dtype) == real_bytes && (step == dim * (int64_t)real_bytes || step % 1024 != 0);
+    return sa_dtype_size(v->dtype) == real_bytes &&
+           (step == dim * (int64_t)real_bytes || step % 1024 != 0);
 }
 
 void

@@ -2,7 +2,8 @@
 #ifndef SA_BLAS_H
 #define SA_BLAS_H
 
-/* cblas_?gemm with 32-bit integers: order, op(a), op(b), m, n, k, alpha, a, lda, b, ldb, beta, c, ldc. */
+/* cblas_?gemm with 32-bit integers: order, op(a), op(b), m, n, k, alpha, a, lda, b, ldb, beta, c,
+ * ldc. */
 typedef void (*sa_sgemm_fn)(int, int, int, int, int, int, float, const float *, int, const float *,
                             int, float, float *, int);
 typedef void (*sa_dgemm_fn)(int, int, int, int, int, int, double, const double *, int,
@@ -15,7 +16,8 @@ typedef struct {
     sa_dgemm_fn dgemm;
 } sa_blas;
 
-/* The library, opened by the first call and held at one thread. NULL: there is none, tiles serve. */
+/* The library, opened by the first call and held at one thread. NULL: there is none, tiles serve.
+ */
 const sa_blas *sa_blas_get(void);
 
 #endif

@@ -1,10 +1,11 @@
 /* gemm.c - products cut into blocks of c by shape; a block is one task with a fixed order of sums.
  *
- * Blocks go to OpenBLAS, one call each, or to the tiles. The tile path packs b, widened and turned as need
- * be, into panels as wide as a register tile, and leaves a where it lies. It sums every element of c in the
- * same order, DEPTH terms at a time, so an element's bits depend on its row of a and its column of b and on
- * nothing else: not on m, n, blocks or threads. With OpenBLAS they also depend on m and on the row's place:
- * its kernels for edges and for few rows sum in other orders.
+ * Blocks go to OpenBLAS, one call each, or to the tiles. The tile path packs b, widened and turned
+ * as need be, into panels as wide as a register tile, and leaves a where it lies. It sums every
+ * element of c in the same order, DEPTH terms at a time, so an element's bits depend on its row of
+ * a and its column of b and on nothing else: not on m, n, blocks or threads. With OpenBLAS they
+ * also depend on m and on the row's place: its kernels for edges and for few rows sum in other
+ * orders.
  */
 #include <limits.h>
 #include <string.h>
@@ -74,15 +75,16 @@ start_block(const gemm_job *job, block c)
     const size_t bytes = (size_t)(c.j1 - c.j0) * job->size;
     for (int64_t i = c.i0; i < c.i1; i++) {
         if (job->g->bias != NULL) {
-            memcpy(c_at(job, i, c.j0), (const char *)job->g->bias + (size_t)c.j0 * job->size, bytes);
+            memcpy(c_at(job, i, c.j0), (const char *)job->g->bias + (size_t)c.j0 * job->size,
+                   bytes);
         } else {
             memset(c_at(job, i, c.j0), 0, bytes);
         }
     }
 }
 
-/* panels[p][t][w] = b[t0 + t][j0 + p w ..] where b's rows lie as they are summed: a few rows at a time, so that
- * memory is read along them. */
+/* panels[p][t][w] = b[t0 + t][j0 + p w ..] where b's rows lie as they are summed: a few rows at a
+ * time, so that memory is read along them. */
 static void
 pack_rows(const gemm_job *job, char *panels, int64_t t0, int depth, int64_t j0, int64_t j1)
 {
@@ -102,9 +104,11 @@ pack_rows(const gemm_job *job, char *panels, int64_t t0, int depth, int64_t j0, 
     }
 }
 
-/* The same where b is stored as [n, k]. wide: room for [w][DEPTH] reals, rows of half precision widened. */
+/* The same where b is stored as [n, k]. wide: room for [w][DEPTH] reals, rows of half precision
+ * widened. */
 static void
-pack_turned(const gemm_job *job, char *panels, char *wide, int64_t t0, int depth, int64_t j0, int64_t j1)
+pack_turned(const gemm_job *job, char *panels, char *wide, int64_t t0, int depth, int64_t j0,
+            int64_t j1)
 {
     const sa_gemm_args *const g = job->g;
     const int w = job->tile->strip_max;
@@ -112,7 +116,8 @@ pack_turned(const gemm_job *job, char *panels, char *wide, int64_t t0, int depth
     for (int64_t j = j0; j < j1; j += w, panels += (size_t)depth * (size_t)w * job->size) {
         const int width = (int)SA_MIN(j1 - j, w);
         if (is_widened(g)) {
-            job->tile->load_rows(wide, DEPTH, b_at(job, t0, j), g->b_dtype, g->ldb, width, depth, 1.0);
+            job->tile->load_rows(wide, DEPTH, b_at(job, t0, j), g->b_dtype, g->ldb, width, depth,
+                                 1.0);
         }
         for (int r = 0; r < width; r++) {
             row[r] = is_widened(g) ? wide + (size_t)r * DEPTH * job->size : b_at(job, t0, j + r);
@@ -127,7 +132,8 @@ add_edge(const gemm_job *job, void *whole, const void *panel, block c, int64_t t
 {
     const int w = job->tile->strip_max;
     const int64_t rows = c.i1 - c.i0, width = c.j1 - c.j0;
-    job->tile->product(whole, w, a_at(job, c.i0, t0), job->g->lda, panel, w, (int)rows, w, depth, false);
+    job->tile->product(whole, w, a_at(job, c.i0, t0), job->g->lda, panel, w, (int)rows, w, depth,
+                       false);
     for (int64_t i = 0; i < rows; i++) {
         void *const to = c_at(job, c.i0 + i, c.j0);
         for (int64_t j = 0; j < width; j++) {
@@ -152,12 +158,14 @@ static sa_status
 few_rows(const gemm_job *job, block c)
 {
     const sa_gemm_args *const g = job->g;
-    const sa_rows *const rows = sa_rows_for(g->dtype == SA_F64);
+    const sa_rows *const table = sa_rows_for(g->dtype == SA_F64);
+    void (*const times)(void *, const void *, const void *, int64_t, int64_t, int64_t) =
+        g->b_transposed ? table->times_turned : table->times;
     start_block(job, c);
     for (int64_t t0 = 0; t0 < g->k; t0 += DEPTH) {
         for (int64_t i = c.i0; i < c.i1; i++) {
-            rows->times(c_at(job, i, c.j0), a_at(job, i, t0), b_at(job, t0, c.j0), g->ldb,
-                        c.j1 - c.j0, SA_MIN(g->k - t0, DEPTH));
+            times(c_at(job, i, c.j0), a_at(job, i, t0), b_at(job, t0, c.j0), g->ldb, c.j1 - c.j0,
+                  SA_MIN(g->k - t0, DEPTH));
         }
     }
     return SA_OK;
@@ -240,7 +248,7 @@ run_block(sa_ctx *ctx, void *arg, int64_t task, int worker)
     if (job->blas != NULL) {
         return blas_block(job, c, scratch);
     }
-    const bool few = g->m <= ROWS_FEW && !g->b_transposed && !is_widened(g);
+    const bool few = g->m <= ROWS_FEW && !is_widened(g);
     return few ? few_rows(job, c) : tile_block(ctx, job, c, scratch);
 }
 
@@ -325,7 +333,8 @@ sa_gemm(sa_ctx *ctx, const sa_gemm_args *args)
     job.blas = blas_takes(&g) ? sa_blas_get() : NULL;
     cut(&job);
     if (!scratch_bytes(&job, &bytes)) {
-        return sa_fail(ctx, SA_ENOMEM, "a product over k = %lld terms is too large", (long long)g.k);
+        return sa_fail(ctx, SA_ENOMEM, "a product over k = %lld terms is too large",
+                       (long long)g.k);
     }
     const sa_status status = sa_scratch_reserve(ctx, bytes);
     if (status != SA_OK) {

@@ -1,7 +1,8 @@
 /* gemm_blas.c - opens OpenBLAS: our own copy, or a library given by name.
  *
- * It is opened at the first product and not linked, because loading it may start threads and import must not.
- * An OpenBLAS that cannot be held at one thread, or that counts in 64-bit integers, is refused.
+ * It is opened at the first product and not linked, because loading it may start threads and import
+ * must not. An OpenBLAS that cannot be held at one thread, or that counts in 64-bit integers, is
+ * refused.
  */
 #if defined(__linux__)
 #define _GNU_SOURCE /* environ */
@@ -46,10 +47,11 @@ unlock(void)
 }
 
 #if defined(__linux__)
-/* OpenBLAS takes the size of its thread server from the environment while it loads, and starts it at once: a thread a
- * core, which openblas_set_num_threads(1) does not end. So meanwhile `environ` points to a copy that asks for one thread,
- * which starts none. setenv would move entries under a thread that reads them; here readers see one whole array or the
- * other, and the copy is never freed. */
+/* OpenBLAS takes the size of its thread server from the environment while it loads, and starts it
+ * at once: a thread a core, which openblas_set_num_threads(1) does not end. So meanwhile `environ`
+ * points to a copy that asks for one thread, which starts none. setenv would move entries under a
+ * thread that reads them; here readers see one whole array or the other, and the copy is never
+ * freed. */
 #define MAX_ENTRIES 4096
 static char *entries[MAX_ENTRIES];
 
@@ -94,8 +96,8 @@ return_environ(char **kept)
 }
 #endif
 
-/* Sets the function pointer at `function` to the symbol as the scipy-openblas wheels spell it, or as
- * distributions do. Copied as bytes: C has no conversion from dlsym's object pointer. */
+/* Sets the function pointer at `function` to the symbol as the scipy-openblas wheels spell it, or
+ * as distributions do. Copied as bytes: C has no conversion from dlsym's object pointer. */
 static bool
 find(void *library, const char *name, void *function)
 {

@@ -4,7 +4,7 @@
 #include "base/threads.h"
 #include "engine/attend.h"
 
-enum { MERGE_ROWS = 64 };
+enum { MERGE_ROWS = 64, MERGE_COLUMNS = 64 };
 
 typedef struct {
     sa_view out, lse;
@@ -28,6 +28,14 @@ store(void *row, sa_dtype dtype, int64_t at, double x)
     }
 }
 
+static double
+lse_of(const merge_call *m, int a, int64_t b, int64_t h, int64_t i)
+{
+    return load(sa_view_row(m->lses[a], b, h, i), m->lses[a].dtype, 0);
+}
+
+/* A part that saw nothing is passed over; any other counts even where its weight underflows, so
+ * that its NaN shows. */
 static void
 merge_row(const merge_call *m, int64_t b, int64_t h, int64_t i)
 {
@@ -35,20 +43,26 @@ merge_row(const merge_call *m, int64_t b, int64_t h, int64_t i)
     void *const out = sa_view_row(m->out, b, h, i);
     double high = -INFINITY, sum = 0;
     for (int a = 0; a < m->n; a++) {
-        const double x = load(sa_view_row(m->lses[a], b, h, i), m->lses[a].dtype, 0);
+        const double x = lse_of(m, a, b, h, i);
         high = x > high || isnan(x) ? x : high;
     }
     for (int a = 0; a < m->n && high != -INFINITY; a++) {
-        sum += exp(load(sa_view_row(m->lses[a], b, h, i), m->lses[a].dtype, 0) - high);
+        sum += exp(lse_of(m, a, b, h, i) - high);
     }
     const double total = high == -INFINITY ? -INFINITY : high + log(sum);
-    for (int64_t c = 0; c < dim; c++) {
-        double x = 0;
-        for (int a = 0; a < m->n && high != -INFINITY; a++) {
-            const double w = exp(load(sa_view_row(m->lses[a], b, h, i), m->lses[a].dtype, 0) - total);
-            x += w == 0 ? 0 : w * load(sa_view_row(m->outs[a], b, h, i), m->outs[a].dtype, c);
+    for (int64_t c0 = 0; c0 < dim; c0 += MERGE_COLUMNS) {
+        const int64_t n = SA_MIN(MERGE_COLUMNS, dim - c0);
+        double x[MERGE_COLUMNS] = {0};
+        for (int a = 0; a < m->n; a++) {
+            const double lse = lse_of(m, a, b, h, i), weight = exp(lse - total);
+            const void *const row = sa_view_row(m->outs[a], b, h, i);
+            for (int64_t c = 0; c < n && lse != -INFINITY; c++) {
+                x[c] += weight * load(row, m->outs[a].dtype, c0 + c);
+            }
         }
-        store(out, m->out.dtype, c, x);
+        for (int64_t c = 0; c < n; c++) {
+            store(out, m->out.dtype, c0 + c, x[c]);
+        }
     }
     if (m->lse.data != NULL) {
         store(sa_view_row(m->lse, b, h, i), m->lse.dtype, 0, total);
@@ -74,8 +88,11 @@ sa_merge(sa_ctx *ctx, sa_view out, sa_view lse, const sa_view *outs, const sa_vi
     merge_call m = {.out = out, .lse = lse, .outs = outs, .lses = lses, .n = n};
     for (int a = 0; a < n; a++) {
         for (int axis = 0; axis < 4; axis++) {
-            if (outs[a].size[axis] != out.size[axis] || (axis < 3 && lses[a].size[axis] != out.size[axis])) {
-                return sa_fail(ctx, SA_EINVAL, "merge: part %d has another shape than part 0; give parts of one shape", a);
+            if (outs[a].size[axis] != out.size[axis] ||
+                (axis < 3 && lses[a].size[axis] != out.size[axis])) {
+                return sa_fail(
+                    ctx, SA_EINVAL,
+                    "merge: part %d has another shape than part 0; give parts of one shape", a);
             }
         }
     }

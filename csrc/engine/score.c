@@ -15,7 +15,8 @@
 #include "engine/score_terms.h"
 
 void
-sa_score_terms(const sa_problem *p, bool masked, int64_t b, int64_t h, int64_t i, const int32_t *keys, int n, void *t)
+sa_score_terms(const sa_problem *p, bool masked, int64_t b, int64_t h, int64_t i,
+               const int32_t *keys, int n, void *t)
 {
     if (sa_real_is_f64(p->q.dtype)) {
         terms_f64(p, masked, b, h, i, keys, n, t);
@@ -30,13 +31,14 @@ size_t
 sa_score_rows_scratch(const sa_problem *p, int64_t rows)
 {
     const size_t reals = (size_t)(rows * p->dim + p->dim * SA_STRIP_MAX + TERM_KEYS);
-    return reals * (sa_real_is_f64(p->q.dtype) ? 8 : 4) + TERM_KEYS * sizeof(int32_t) + 8 * SA_ALIGN;
+    return reals * (sa_real_is_f64(p->q.dtype) ? 8 : 4) + TERM_KEYS * sizeof(int32_t) +
+           8 * SA_ALIGN;
 }
 
 /* Soft-cap, then terms, on one row of scores of keys j0 .. j1 - 1. */
 static void
-finish_row(const sa_tile *tile, const sa_problem *p, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t j1, char *s,
-           void *terms, int32_t *keys)
+finish_row(const sa_tile *tile, const sa_problem *p, int64_t b, int64_t h, int64_t i, int64_t j0,
+           int64_t j1, char *s, void *terms, int32_t *keys)
 {
     if (p->softcap > 0) {
         tile->softcap(s, j1 - j0, p->softcap);
@@ -55,8 +57,8 @@ finish_row(const sa_tile *tile, const sa_problem *p, int64_t b, int64_t h, int64
 }
 
 sa_status
-sa_score_rows(sa_ctx *ctx, int worker, const sa_problem *p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0,
-              int64_t j1, void *out, int64_t ld)
+sa_score_rows(sa_ctx *ctx, int worker, const sa_problem *p, int64_t b, int64_t h, int64_t i0,
+              int64_t i1, int64_t j0, int64_t j1, void *out, int64_t ld)
 {
     const sa_tile *const tile = sa_tile_for(sa_real_is_f64(p->q.dtype));
     const int64_t g = h * p->kv_heads / p->heads;
@@ -72,7 +74,8 @@ sa_score_rows(sa_ctx *ctx, int worker, const sa_problem *p, int64_t b, int64_t h
         arena->used = mark;
         return sa_fail(ctx, SA_EINTERNAL, "score_rows: the scratch reserved is too small");
     }
-    tile->load_rows(q, dim, sa_view_row(p->q, b, h, i0), p->q.dtype, p->q.stride[2], n, dim, p->scale);
+    tile->load_rows(q, dim, sa_view_row(p->q, b, h, i0), p->q.dtype, p->q.stride[2], n, dim,
+                    p->scale);
     for (int64_t j = j0; j < j1; j += w) {
         const void *row[SA_STRIP_MAX];
         const int wide = (int)SA_MIN(w, j1 - j);
@@ -80,10 +83,12 @@ sa_score_rows(sa_ctx *ctx, int worker, const sa_problem *p, int64_t b, int64_t h
             row[x] = sa_view_row(p->k, b, g, j + x);
         }
         tile->load_cols(keys_t, w, row, p->k.dtype, wide, dim, 1.0);
-        tile->product((char *)out + (size_t)(j - j0) * bytes, ld, q, dim, keys_t, w, n, wide, dim, false);
+        tile->product((char *)out + (size_t)(j - j0) * bytes, ld, q, dim, keys_t, w, n, wide, dim,
+                      false);
     }
     for (int64_t i = i0; i < i1; i++) {
-        finish_row(tile, p, b, h, i, j0, j1, (char *)out + (size_t)((i - i0) * ld) * bytes, terms, keys);
+        finish_row(tile, p, b, h, i, j0, j1, (char *)out + (size_t)((i - i0) * ld) * bytes, terms,
+                   keys);
     }
     arena->used = mark;
     return SA_OK;

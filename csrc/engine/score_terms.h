@@ -1,7 +1,9 @@
-/* score_terms.h - one row of score terms; included by score.c once per real type (TERM_REAL, TERM_NAME). */
+/* score_terms.h - one row of score terms; included by score.c once per real type (TERM_REAL,
+ * TERM_NAME). */
 
 static void
-TERM_NAME(const sa_problem *p, bool masked, int64_t b, int64_t h, int64_t i, const int32_t *keys, int n, TERM_REAL *t)
+TERM_NAME(const sa_problem *p, bool masked, int64_t b, int64_t h, int64_t i, const int32_t *keys,
+          int n, TERM_REAL *t)
 {
     if (p->bias.data != NULL) {
         const TERM_REAL *const bias = sa_view_row(p->bias, b, h, i);

@@ -1,4 +1,5 @@
-/* chunks.h - how operators over rows become tasks: by shape alone, and big enough to be worth a dispatch. */
+/* chunks.h - how operators over rows become tasks: by shape alone, and big enough to be worth a
+ * dispatch. */
 #ifndef SA_CHUNKS_H
 #define SA_CHUNKS_H
 

@@ -1,5 +1,6 @@
-/* ops.h - the forward of model operators, parallel over rows. float32 and float64; arrays C-contiguous.
- * The tape of a later issue records these same calls. Sums are float64 throughout; NaN stays. */
+/* ops.h - the forward of model operators, parallel over rows. float32 and float64; arrays
+ * C-contiguous. The tape of a later issue records these same calls. Sums are float64 throughout;
+ * NaN stays. */
 #ifndef SA_OPS_H
 #define SA_OPS_H
 
@@ -19,22 +20,23 @@ sa_status sa_op_layer_norm(sa_ctx *ctx, sa_dtype dtype, void *y, const void *x, 
 sa_status sa_op_activate(sa_ctx *ctx, sa_dtype dtype, sa_activation act, void *y, const void *x,
                          const void *gate, int64_t count);
 
-/* In place on x [rows = tokens, heads, dim]: rotate-half RoPE on the first `rotary` dims with tables cosine, sine
- * [positions, rotary/2]; pos[row] indexes the tables. SA_EINVAL: a position outside them; rows before it may be turned. */
+/* In place on x [rows = tokens, heads, dim]: rotate-half RoPE on the first `rotary` dims with
+ * tables cosine, sine [positions, rotary/2]; pos[row] indexes the tables. SA_EINVAL: a position
+ * outside them; rows before it may be turned. */
 sa_status sa_op_rope(sa_ctx *ctx, sa_dtype dtype, void *x, const void *cosine, const void *sine,
-                     const int32_t *pos, int64_t positions, int64_t rows, int64_t heads, int64_t dim,
-                     int64_t rotary);
+                     const int32_t *pos, int64_t positions, int64_t rows, int64_t heads,
+                     int64_t dim, int64_t rotary);
 
 /* y = x + z, elementwise over count; y may be x or z */
 sa_status sa_op_add(sa_ctx *ctx, sa_dtype dtype, void *y, const void *x, const void *z,
                     int64_t count);
 
-/* nll[r] = logsumexp(logits[r]) - logits[r][target[r]]; arg[r] = index of the largest, the lower of equals, the first
- * NaN of a row that has one. SA_EINVAL: a target outside the vocabulary. */
+/* nll[r] = logsumexp(logits[r]) - logits[r][target[r]]; arg[r] = index of the largest, the lower of
+ * equals, the first NaN of a row that has one. SA_EINVAL: a target outside the vocabulary. */
 sa_status sa_op_nll(sa_ctx *ctx, sa_dtype dtype, double *nll, int32_t *arg, const void *logits,
                     const int32_t *target, int64_t rows, int64_t vocab);
 
-/* kl[r] = sum_v p (log p - log q), p = softmax(base[r]), q = softmax(other[r]); p = 0 adds nothing */
+/* kl[r] = sum_v p (log p - log q), p = softmax(base[r]), q = softmax(other[r]); p = 0 adds 0 */
 sa_status sa_op_kl(sa_ctx *ctx, sa_dtype dtype, double *kl, const void *base, const void *other,
                    int64_t rows, int64_t vocab);
 

@@ -1,4 +1,5 @@
-/* ops_loss.c - what evaluation reads from rows of logits: loss, arg-max, divergence. Sums in float64. */
+/* ops_loss.c - what evaluation reads from rows of logits: loss, arg-max, divergence. Sums in
+ * float64. */
 #include <math.h>
 
 #include "grad/chunks.h"
@@ -53,15 +54,16 @@ sa_status
 sa_op_nll(sa_ctx *ctx, sa_dtype dtype, double *nll, int32_t *arg, const void *logits,
           const int32_t *target, int64_t rows, int64_t vocab)
 {
-    loss_job job = {.loss = nll, .arg = arg, .logits = logits, .target = target, .rows = rows,
-                    .vocab = vocab};
+    loss_job job = {
+        .loss = nll, .arg = arg, .logits = logits, .target = target, .rows = rows, .vocab = vocab};
     job.step = sa_chunk_rows(vocab);
     job.f64 = dtype == SA_F64;
     job.table = sa_rows_for(job.f64);
     return sa_chunk_run(ctx, rows, job.step, nll_rows, &job);
 }
 
-/* With a = x - max x, b = y - max y: sum p (log p - log q) = sum p (a - b) - log sum e^a + log sum e^b. */
+/* With a = x - max x, b = y - max y: sum p (log p - log q) = sum p (a - b) - log sum e^a + log sum
+ * e^b. */
 static sa_status
 kl_rows(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {

@@ -1,5 +1,5 @@
-/* ops_norm.c - RMSNorm [Zhang, Sennrich 2019, arXiv:1910.07467] and LayerNorm [Ba, Kiros, Hinton 2016,
- * arXiv:1607.06450], a row at a time. */
+/* ops_norm.c - RMSNorm [Zhang, Sennrich 2019, arXiv:1910.07467] and LayerNorm [Ba, Kiros, Hinton
+ * 2016, arXiv:1607.06450], a row at a time. */
 #include "grad/chunks.h"
 #include "grad/ops.h"
 
@@ -39,14 +39,27 @@ sa_status
 sa_op_rms_norm(sa_ctx *ctx, sa_dtype dtype, void *y, const void *x, const void *weight,
                int64_t rows, int64_t dim, double eps)
 {
-    return run(ctx, dtype, (norm_job){.y = y, .x = x, .weight = weight, .rows = rows, .dim = dim,
-                                      .eps = eps, .centred = false});
+    return run(ctx, dtype,
+               (norm_job){.y = y,
+                          .x = x,
+                          .weight = weight,
+                          .rows = rows,
+                          .dim = dim,
+                          .eps = eps,
+                          .centred = false});
 }
 
 sa_status
 sa_op_layer_norm(sa_ctx *ctx, sa_dtype dtype, void *y, const void *x, const void *weight,
                  const void *bias, int64_t rows, int64_t dim, double eps)
 {
-    return run(ctx, dtype, (norm_job){.y = y, .x = x, .weight = weight, .bias = bias, .rows = rows,
-                                      .dim = dim, .eps = eps, .centred = true});
+    return run(ctx, dtype,
+               (norm_job){.y = y,
+                          .x = x,
+                          .weight = weight,
+                          .bias = bias,
+                          .rows = rows,
+                          .dim = dim,
+                          .eps = eps,
+                          .centred = true});
 }

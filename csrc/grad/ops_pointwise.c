@@ -7,7 +7,7 @@ typedef struct {
     void *y;
     const void *x, *z; /* z: the gate, or the second term */
     int64_t count;
-    sa_dtype dtype;    /* of x */
+    sa_dtype dtype; /* of x */
     sa_activation act;
     const sa_rows *table;
     const sa_tile *tile;

@@ -1,5 +1,6 @@
-/* ops_rope.c - rotary positions [Su et al. 2021, arXiv:2104.09864] in the rotate-half layout of published checkpoints:
- * channels c and c + rotary/2 turn together by the angle pos theta_c; channels from `rotary` on stay. */
+/* ops_rope.c - rotary positions [Su et al. 2021, arXiv:2104.09864] in the rotate-half layout of
+ * published checkpoints: channels c and c + rotary/2 turn together by the angle pos theta_c;
+ * channels from `rotary` on stay. */
 #include "grad/chunks.h"
 #include "grad/ops.h"
 
@@ -25,7 +26,8 @@ turn_f32(float *x, const float *cosine, const float *sine, int64_t heads, int64_
 }
 
 static void
-turn_f64(double *x, const double *cosine, const double *sine, int64_t heads, int64_t dim, int64_t half)
+turn_f64(double *x, const double *cosine, const double *sine, int64_t heads, int64_t dim,
+         int64_t half)
 {
     for (int64_t h = 0; h < heads; h++, x += dim) {
         for (int64_t c = 0; c < half; c++) {
@@ -46,7 +48,8 @@ rope_rows(sa_ctx *ctx, void *arg, int64_t task, int worker)
         /* read once: the array is the caller's, and another thread of theirs may write it */
         const int64_t pos = __atomic_load_n(&j->pos[r], __ATOMIC_RELAXED);
         if (pos < 0 || pos >= j->positions) {
-            return sa_fail(ctx, SA_EINVAL, "pos[%lld] must be in [0, %lld), the rows of cos, got %lld",
+            return sa_fail(ctx, SA_EINVAL,
+                           "pos[%lld] must be in [0, %lld), the rows of cos, got %lld",
                            (long long)r, (long long)j->positions, (long long)pos);
         }
         const int64_t x = r * j->heads * j->dim, angle = pos * half;
@@ -66,8 +69,15 @@ sa_op_rope(sa_ctx *ctx, sa_dtype dtype, void *x, const void *cosine, const void 
            const int32_t *pos, int64_t positions, int64_t rows, int64_t heads, int64_t dim,
            int64_t rotary)
 {
-    rope_job job = {.x = x, .cosine = cosine, .sine = sine, .pos = pos, .positions = positions,
-                    .rows = rows, .heads = heads, .dim = dim, .rotary = rotary};
+    rope_job job = {.x = x,
+                    .cosine = cosine,
+                    .sine = sine,
+                    .pos = pos,
+                    .positions = positions,
+                    .rows = rows,
+                    .heads = heads,
+                    .dim = dim,
+                    .rotary = rotary};
     job.step = sa_chunk_rows(heads * dim);
     job.f64 = dtype == SA_F64;
     return sa_chunk_run(ctx, rows, job.step, rope_rows, &job);

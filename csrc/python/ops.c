@@ -33,7 +33,8 @@ static int
 read_like(py_call *call, PyObject *object, const char *arg, int n_axes, unsigned flags,
           const sa_view *x, sa_view *view)
 {
-    if (read_dense(call, object, arg, n_axes, flags, view) < 0 || same_dtype(call, view, arg, x) < 0) {
+    if (read_dense(call, object, arg, n_axes, flags, view) < 0 ||
+        same_dtype(call, view, arg, x) < 0) {
         return -1;
     }
     for (int a = 4 - n_axes; view->data && a < 4; a++) {
@@ -87,17 +88,28 @@ read_linear(py_call *call, PyObject *const *args, sa_gemm_args *g)
         return -1;
     }
     *g = (sa_gemm_args){
-        .m = x.size[2], .n = n, .k = x.size[3], .dtype = x.dtype, .b_dtype = w.dtype,
-        .a = x.data, .lda = x.stride[2], .b = w.data, .ldb = w.stride[2],
-        .b_transposed = transposed, .c = out.data, .ldc = out.stride[2], .bias = bias.data,
+        .m = x.size[2],
+        .n = n,
+        .k = x.size[3],
+        .dtype = x.dtype,
+        .b_dtype = w.dtype,
+        .a = x.data,
+        .lda = x.stride[2],
+        .b = w.data,
+        .ldb = w.stride[2],
+        .b_transposed = transposed,
+        .c = out.data,
+        .ldc = out.stride[2],
+        .bias = bias.data,
     };
     return 0;
 }
 
-PyDoc_STRVAR(linear_doc,
-             "linear(x, w, bias, out, transposed, /)\n--\n\n"
-             "out = x @ w (+ bias), or x @ w.T where transposed. x (rows, k), out (rows, n); w of x's "
-             "dtype, float16, or uint16 for bfloat16; bias (n,) or None.");
+PyDoc_STRVAR(
+    linear_doc,
+    "linear(x, w, bias, out, transposed, /)\n--\n\n"
+    "out = x @ w (+ bias), or x @ w.T where transposed. x (rows, k), out (rows, n); w of x's "
+    "dtype, float16, or uint16 for bfloat16; bias (n,) or None.");
 
 static PyObject *
 py_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -146,8 +158,9 @@ read_norm(py_call *call, PyObject *x, PyObject *weight, PyObject *bias, PyObject
     return 0;
 }
 
-PyDoc_STRVAR(rms_norm_doc, "rms_norm(x, weight, eps, out, /)\n--\n\n"
-                           "out = x weight / sqrt(mean(x^2) + eps) for every row of x (rows, dim).");
+PyDoc_STRVAR(rms_norm_doc,
+             "rms_norm(x, weight, eps, out, /)\n--\n\n"
+             "out = x weight / sqrt(mean(x^2) + eps) for every row of x (rows, dim).");
 
 static PyObject *
 py_rms_norm(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -226,7 +239,8 @@ py_activate(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     sa_view x, gate, out;
 
     if (py_call_begin(&call, module, "activate", nargs, 4) < 0 ||
-        read_activation(&call, args[0], &act) < 0 || read_dense(&call, args[1], "x", 2, 0, &x) < 0 ||
+        read_activation(&call, args[0], &act) < 0 ||
+        read_dense(&call, args[1], "x", 2, 0, &x) < 0 ||
         read_like(&call, args[2], "gate", 2, PY_OPTIONAL, &x, &gate) < 0 ||
         read_like(&call, args[3], "out", 2, PY_WRITE, &x, &out) < 0 ||
         same_or_apart(&call, args[3], &out, args[1], &x, "x") < 0 ||
@@ -234,8 +248,8 @@ py_activate(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         goto done;
     }
     py_call_detach(&call);
-    const sa_status status = sa_op_activate(call.ctx, x.dtype, act, out.data, x.data, gate.data,
-                                            x.size[2] * x.size[3]);
+    const sa_status status =
+        sa_op_activate(call.ctx, x.dtype, act, out.data, x.data, gate.data, x.size[2] * x.size[3]);
     py_call_attach(&call);
     result = finish(&call, status);
 done:
@@ -250,8 +264,7 @@ read_rope(py_call *call, PyObject *const *args, sa_view *x, sa_view *cosine, sa_
     if (read_dense(call, args[0], "x", 3, PY_WRITE, x) < 0 ||
         read_dense(call, args[1], "cos", 2, 0, cosine) < 0 ||
         same_dtype(call, cosine, "cos", x) < 0 ||
-        read_dense(call, args[2], "sin", 2, 0, sine) < 0 ||
-        same_dtype(call, sine, "sin", x) < 0 ||
+        read_dense(call, args[2], "sin", 2, 0, sine) < 0 || same_dtype(call, sine, "sin", x) < 0 ||
         py_view_size(call, sine, "sin", 2, cosine->size[2]) < 0 ||
         py_view_size(call, sine, "sin", 3, cosine->size[3]) < 0 ||
         py_view(call, args[3], "pos", 1, PY_DTYPE(SA_I32), PY_CONTIGUOUS, pos) < 0 ||
@@ -400,8 +413,8 @@ py_kl(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     }
     double *const kl_data = PyArray_DATA((PyArrayObject *)kl);
     py_call_detach(&call);
-    const sa_status status = sa_op_kl(call.ctx, base.dtype, kl_data, base.data, other.data,
-                                      base.size[2], base.size[3]);
+    const sa_status status =
+        sa_op_kl(call.ctx, base.dtype, kl_data, base.data, other.data, base.size[2], base.size[3]);
     py_call_attach(&call);
     if (py_call_status(&call, status) == 0) {
         result = Py_NewRef(kl);
@@ -432,8 +445,8 @@ py_widen(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     }
     const bool f16 =
         PyUnicode_Check(args[1]) && PyUnicode_CompareWithASCIIString(args[1], "f16") == 0;
-    if (!f16 && !(PyUnicode_Check(args[1]) &&
-                  PyUnicode_CompareWithASCIIString(args[1], "bf16") == 0)) {
+    if (!f16 &&
+        !(PyUnicode_Check(args[1]) && PyUnicode_CompareWithASCIIString(args[1], "bf16") == 0)) {
         PyErr_Format(call.state->argument, "kind must be 'f16' or 'bf16', got %R", args[1]);
         goto done;
     }

@@ -1,4 +1,4 @@
-/* target_avx512.h - opens a region compiled for AVX-512 F, VL, BW and DQ; target_pop.h closes it. */
+/* target_avx512.h - opens a region for AVX-512 F, VL, BW and DQ; target_pop.h closes it. */
 #include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(                                                                      \

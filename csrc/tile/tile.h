@@ -1,9 +1,10 @@
 /* tile.h - a table of functions on small real matrices, one table per (ISA, real type).
  *
- * Queries sit in the SIMD lanes: a strip is up to strip_max query rows, transposed to [dim][w], w its stride, a
- * multiple of lanes; functions work on its first `wide` columns, a multiple of lanes too, at most strip_max. Key and
- * value rows are read where they lie through row pointers, and broadcast. Reals are float or double;
- * void stands for the table's real type. Storage types exist only in load_* and store_*.
+ * Queries sit in the SIMD lanes: a strip is up to strip_max query rows, transposed to [dim][w], w
+ * its stride, a multiple of lanes; functions work on its first `wide` columns, a multiple of lanes
+ * too, at most strip_max. Key and value rows are read where they lie through row pointers, and
+ * broadcast. Reals are float or double; void stands for the table's real type. Storage types exist
+ * only in load_* and store_*.
  */
 #ifndef SA_TILE_H
 #define SA_TILE_H
@@ -14,11 +15,11 @@
 #include "base/cpu.h"
 #include "base/view.h"
 
-#define SA_TILE_KEYS 64   /* keys of one tile at most; scores and P are [SA_TILE_KEYS][w] */
-#define SA_STRIP_MAX 64   /* no table has a wider strip                                  */
-#define SA_STALE 20.0     /* nats by which scores may exceed a running maximum           */
+#define SA_TILE_KEYS 64 /* keys of one tile at most; scores and P are [SA_TILE_KEYS][w] */
+#define SA_STRIP_MAX 64 /* no table has a wider strip                                  */
+#define SA_STALE 20.0   /* nats by which scores may exceed a running maximum           */
 
-#define SA_TILE_STEP 12   /* scores rows are written in groups of up to this many        */
+#define SA_TILE_STEP 12 /* scores rows are written in groups of up to this many        */
 
 /* Row r sees key j of a tile when lo[r] <= first + j < hi[r]. */
 typedef struct {
@@ -28,37 +29,47 @@ typedef struct {
 
 typedef struct sa_tile {
     sa_isa isa;
-    int real_bytes;       /* 4 or 8                                   */
-    int lanes;            /* reals in a vector                        */
-    int strip_max;        /* widest strip that `scores` takes         */
+    int real_bytes; /* 4 or 8                                   */
+    int lanes;      /* reals in a vector                        */
+    int strip_max;  /* widest strip that `scores` takes         */
 
-    /* rows[r * ld + c] = scale * src[r][c], r < n_rows, c < dim; src rows are row_stride elements apart. */
-    void (*load_rows)(void *rows, int64_t ld, const void *src, sa_dtype dtype, int64_t row_stride, int n_rows, int dim,
-                      double scale);
-    /* cols[c * w + r] = scale * src_row[r][c]; rows n_rows .. w-1 become 0. src_row: n_rows addresses. */
-    void (*load_cols)(void *cols, int w, const void *const *src_row, sa_dtype dtype, int n_rows, int dim, double scale);
-    /* dst_row[r][c] = cols[c * w + r] * factor[r] */
-    void (*store_cols)(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_rows, int dim, const void *factor);
-    /* dst[c] = src[c] * factor[0] for one row of reals */
+    /* rows[r * ld + c] = scale * src[r][c], r < n_rows, c < dim; src rows are row_stride elements
+     * apart. */
+    void (*load_rows)(void *rows, int64_t ld, const void *src, sa_dtype dtype, int64_t row_stride,
+                      int n_rows, int dim, double scale);
+    /* cols[c * w + r] = scale * src_row[r][c]; rows n_rows .. w-1 become 0. src_row: n_rows
+     * addresses. */
+    void (*load_cols)(void *cols, int w, const void *const *src_row, sa_dtype dtype, int n_rows,
+                      int dim, double scale);
+    /* dst_row[r][c] = cols[c * w + r] * factor[r]; a zero is written as +0 */
+    void (*store_cols)(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_rows,
+                       int dim, const void *factor);
+    /* dst[c] = src[c] * factor[0] for one row of reals; likewise */
     void (*store_row)(void *dst, sa_dtype dtype, const void *src, int dim, const void *factor);
 
-    /* s[j * w + r] = sum_c qt[c * w + r] k_row[j][c]. s has room for n_keys rounded up to SA_TILE_STEP rows; the
-     * rows past n_keys are scratch. */
-    void (*scores)(void *s, const void *qt, int w, int wide, const void *const *k_row, int n_keys, int dim);
-    /* As scores, then p = exp(s - m[r]); l[r] += sum_j p. False, with s undefined and l untouched, when some score
-     * exceeds its stale maximum m by more than SA_STALE: the caller then uses scores, clip and fold. clip: NULL, or what
-     * the rows see. */
-    bool (*scores_exp)(void *p, const void *qt, int w, int wide, const void *const *k_row, int n_keys, int dim,
-                       const void *m, void *l, const sa_clip *clip);
-    /* Softmax fold of a tile of scores into (m, l, o): raises m where the tile's maximum exceeds it by SA_STALE or
-     * nothing was seen yet, rescales l and o[dim_v][w] in those lanes only; s becomes exp(s - m), l += sums. */
+    /* s[j * w + r] = sum_c qt[c * w + r] k_row[j][c]. s has room for n_keys rounded up to
+     * SA_TILE_STEP rows; the rows past n_keys are scratch. */
+    void (*scores)(void *s, const void *qt, int w, int wide, const void *const *k_row, int n_keys,
+                   int dim);
+    /* As scores, then p = exp(s - m[r]); l[r] += sum_j p. False, with s undefined and l untouched,
+     * when some score exceeds its stale maximum m by more than SA_STALE, or m is -inf: the caller
+     * then uses scores, clip and fold. clip: NULL, or what the rows see. */
+    bool (*scores_exp)(void *p, const void *qt, int w, int wide, const void *const *k_row,
+                       int n_keys, int dim, const void *m, void *l, const sa_clip *clip);
+    /* Softmax fold of a tile of scores into (m, l, o): raises m where the tile's maximum exceeds it
+     * by SA_STALE or nothing was seen yet, rescales l and o[dim_v][w] in those lanes only; s
+     * becomes exp(s - m), l += sums. */
     void (*fold)(void *s, int w, int wide, int n_keys, void *m, void *l, void *o, int dim_v);
     /* s[j][r] = -inf where row r does not see key j */
     void (*clip)(void *s, int w, int wide, int n_keys, const sa_clip *clip);
     /* o[c * w + r] += sum_j p[j * w + r] v_row[j][c] */
-    void (*values)(void *o, const void *p, int w, int wide, const void *const *v_row, int n_keys, int dim_v);
-    /* The same, but lanes with p = 0 are left alone whatever v holds. Same order, same bits where v is finite. */
-    void (*values_select)(void *o, const void *p, int w, int wide, const void *const *v_row, int n_keys, int dim_v);
+    void (*values)(void *o, const void *p, int w, int wide, const void *const *v_row, int n_keys,
+                   int dim_v);
+    /* The same, but lanes that do not see key j, seen[j * w + r] = -inf (the scores before the
+     * fold), are left alone whatever v holds. A weight that underflowed still counts: 0 NaN is NaN.
+     * Same order, same bits where v is finite, but for the sign of a zero. */
+    void (*values_select)(void *o, const void *p, const void *seen, int w, int wide,
+                          const void *const *v_row, int n_keys, int dim_v);
     /* s = cap tanh(s / cap), elementwise */
     void (*softcap)(void *s, int64_t count, double cap);
     /* s += t, but -inf where t is -inf, whatever s is */
@@ -68,23 +79,27 @@ typedef struct sa_tile {
 
     /* Row path: one query row. s[j] = q . k_row[j] */
     void (*dots)(void *s, const void *q, const void *const *k_row, int n_keys, int dim);
-    /* Folds n scores into scalar (m, l) and o[dim_v] (rescaled when m rises); s becomes exp(s - m). */
+    /* Folds scores into scalar (m, l) and o[dim_v], rescaled when m rises; s becomes exp(s - m). */
     void (*fold_row)(void *s, int n_keys, void *m, void *l, void *o, int dim_v);
-    /* o[c] += sum_j p[j] v_row[j][c]; keys with p = 0 are not touched */
-    void (*axpys)(void *o, const void *p, const void *const *v_row, int n_keys, int dim_v);
+    /* o[c] += sum_j p[j] v_row[j][c] over keys with seen[j] > -inf or NaN, as in values_select;
+     * seen NULL: over all. */
+    void (*axpys)(void *o, const void *p, const void *seen, const void *const *v_row, int n_keys,
+                  int dim_v);
 
     /* Joins a second (m, l, o[dim_v]) of one row, over other keys, into the first. */
-    void (*join_row)(void *m, void *l, void *o, const void *m2, const void *l2, const void *o2, int dim_v);
+    void (*join_row)(void *m, void *l, void *o, const void *m2, const void *l2, const void *o2,
+                     int dim_v);
     /* factor[r] = 1 / l[r] and lse[r] = m[r] + log l[r]; 0 and -inf where l = 0 */
     void (*finish)(void *factor, void *lse, const void *m, const void *l, int n);
     /* dst[0..count) = x */
     void (*fill)(void *dst, int64_t count, double x);
 
     /* c[m, n] (+)= a[m, k] b[k, n], row-major with leading strides */
-    void (*product)(void *c, int64_t ldc, const void *a, int64_t lda, const void *b, int64_t ldb, int m, int n, int k,
-                    bool accumulate);
+    void (*product)(void *c, int64_t ldc, const void *a, int64_t lda, const void *b, int64_t ldb,
+                    int m, int n, int k, bool accumulate);
 
-    /* Selection (tile_select.h). count of s[i] >= t; indices of s[i] >= t appended to index, returns how many. */
+    /* Selection (tile_select.h). count of s[i] >= t; indices of s[i] >= t appended to index,
+     * returns how many. */
     int64_t (*count_ge)(const void *s, int64_t n, double t);
     int64_t (*compress_ge)(const void *s, int64_t n, double t, int32_t *index);
 

@@ -4,9 +4,10 @@
  */
 #include "tile/vec.h"
 
-/* Widest strip in vectors, and how many key rows (channels) share a register tile with 1, 2 or 3 vectors of queries: the
- * accumulators, the vectors and one broadcast must fit the register file (16 registers, 32 with AVX-512), and enough
- * accumulators must be in flight to hide the latency of an FMA. */
+/* Widest strip in vectors, and how many key rows (channels) share a register tile with 1, 2 or 3
+ * vectors of queries: the accumulators, the vectors and one broadcast must fit the register file
+ * (16 registers, 32 with AVX-512), and enough accumulators must be in flight to hide the latency of
+ * an FMA. */
 #if defined(SA_HAVE_AVX512)
 #define VECS 2
 #define KEYS 12

@@ -1,7 +1,9 @@
-/* tile_ops.h - the functions of rows.h: activations, norms, the sums of losses, one row times a matrix.
+/* tile_ops.h - the functions of rows.h: activations, norms, the sums of losses, one row times a
+ * matrix.
  *
- * But for the last, arithmetic is double for both real types: a vector then holds half as many numbers, and in return float rows
- * come out within an ulp of the truth with no case analysis. Products take far longer than all of this.
+ * But for the last, arithmetic is double for both real types: a vector then holds half as many
+ * numbers, and in return float rows come out within an ulp of the truth with no case analysis.
+ * Products take far longer than all of this.
  */
 #include "tile/rows.h"
 
@@ -78,25 +80,16 @@ wsum(vwide a)
     return lane[0];
 }
 
-/* exp(x) = 2^n e^r, n = round(x / ln 2) with ln 2 in two parts [Cody, Waite], e^r by so many terms of its series:
- * 14 give a double to its last bits, 8 give 5e-9. 0 below -708, infinity above 709; NaN stays. */
+/* exp(x) = 2^n e^r, n = round(x / ln 2) with ln 2 in two parts [Cody, Waite], e^r by so many terms
+ * of its series: 14 give a double to its last bits, 8 give 5e-9. 0 below -708, infinity above 709;
+ * NaN stays. */
 SA_INLINE vwide
 wexp(vwide x, const int terms)
 {
-    static const double over_factorial[14] = {1,
-                                              1,
-                                              1. / 2,
-                                              1. / 6,
-                                              1. / 24,
-                                              1. / 120,
-                                              1. / 720,
-                                              1. / 5040,
-                                              1. / 40320,
-                                              1. / 362880,
-                                              1. / 3628800,
-                                              1. / 39916800,
-                                              1. / 479001600,
-                                              1. / 6227020800};
+    static const double over_factorial[14] = {
+        1. / 1,       1. / 1,        1. / 2,         1. / 6,         1. / 24,
+        1. / 120,     1. / 720,      1. / 5040,      1. / 40320,     1. / 362880,
+        1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
     const vwide magic = wset(6755399441055744.0); /* 1.5 2^52: the low bits hold n */
     const vwide t = x * wset(1.4426950408889634) + magic;
     const vwide n = t - magic;
@@ -118,8 +111,8 @@ wexp_real(vwide x)
     return wexp(x, SA_IS_F64 ? 14 : 8);
 }
 
-/* Phi(-|x|), the normal distribution's tail. float: with z = |x| / sqrt 2 and t = (z - 3) / (z + 3),
- * erfc(z) = exp(-z^2) P(t) / (z + 3), P fitted to 3e-9. double: libm. */
+/* Phi(-|x|), the normal distribution's tail. float: with z = |x| / sqrt 2 and t = (z - 3) / (z +
+ * 3), erfc(z) = exp(-z^2) P(t) / (z + 3), P fitted to 3e-9. double: libm. */
 SA_INLINE vwide
 normal_tail(vwide x)
 {
@@ -130,12 +123,14 @@ normal_tail(vwide x)
     return x;
 #else
     static const double fit[10] = {
-        1.0740069073820209,     -0.8833944911406237,    0.5902283307986809,    -0.3104658991473435,
-        0.11952871916300482,    -0.026840570123562467,  -0.0012254635377125238, 0.0030821372761200847,
-        -0.00048357154425952836, -0.0003262563726912426,
+        1.0740069073820209,     -0.8833944911406237,   0.5902283307986809,
+        -0.3104658991473435,    0.11952871916300482,   -0.026840570123562467,
+        -0.0012254635377125238, 0.0030821372761200847, -0.00048357154425952836,
+        -0.0003262563726912426,
     };
     const vwide z = wselect(x < wset(0), -x, x) * wset(0.70710678118654752);
-    const vwide near = wselect(z > wset(10), wset(10), z); /* further out the result is 0 in float */
+    const vwide near =
+        wselect(z > wset(10), wset(10), z); /* further out the result is 0 in float */
     const vwide inverse = wset(1) / (near + wset(3));
     const vwide t = (near - wset(3)) * inverse;
     vwide p = wset(fit[9]);
@@ -151,7 +146,8 @@ SA_INLINE vwide
 activate_wide(const sa_activation act, vwide x)
 {
     switch (act) {
-    case SA_ACT_GELU_TANH: { /* x (1 + tanh u) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3) */
+    case SA_ACT_GELU_TANH: { /* x (1 + tanh u) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x +
+                                0.044715 x^3) */
         const vwide two_u = wset(1.5957691216057308) * (x + wset(0.044715) * (x * x * x));
         return x / (wset(1) + wexp_real(-two_u));
     }
@@ -197,7 +193,8 @@ activate(sa_activation act, void *y, const void *x, const void *gate, int64_t n)
 }
 
 static void
-norm(void *y, const void *x, const void *weight, const void *bias, int64_t n, double eps, bool centred)
+norm(void *y, const void *x, const void *weight, const void *bias, int64_t n, double eps,
+     bool centred)
 {
     const real *const row = x, *const w = weight, *const b = bias;
     double mean = 0;
@@ -344,11 +341,61 @@ times(void *y, const void *a, const void *b, int64_t ldb, int64_t n, int64_t k)
     }
 }
 
+/* LANES numbers of each of LANES rows from column t on, turned: block[i] holds column t + i. Rows
+ * past n repeat the last one, columns past k are 0. */
+SA_INLINE void
+load_turned(vreal *block, const real *b, int64_t ldb, int64_t n, int64_t t, int64_t k)
+{
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; r++) {
+        const real *const row = b + SA_MIN(r, n - 1) * ldb + t;
+        if (t + LANES <= k) {
+            block[r] = vload(row);
+        } else {
+            real lane[LANES] = {0};
+            memcpy(lane, row, (size_t)(k - t) * sizeof(real));
+            block[r] = vload(lane);
+        }
+    }
+    vtranspose(block);
+}
+
+static void
+times_turned(void *y, const void *a, const void *b, int64_t ldb, int64_t n, int64_t k)
+{
+    real *const out = y;
+    const real *const x = a;
+    for (int64_t j = 0; j < n; j += LANES) {
+        const real *const rows = (const real *)b + j * ldb;
+        vreal acc = vset(0), block[LANES];
+        int64_t t = 0;
+        for (; t + LANES <= k; t += LANES) {
+            load_turned(block, rows, ldb, n - j, t, k);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                acc += vset(x[t + i]) * block[i];
+            }
+        }
+        if (t < k) {
+            load_turned(block, rows, ldb, n - j, t, k);
+            for (int i = 0; i < k - t; i++) {
+                acc += vset(x[t + i]) * block[i];
+            }
+        }
+        real lane[LANES];
+        vstore(lane, acc);
+        for (int64_t l = 0; l < SA_MIN(LANES, n - j); l++) {
+            out[j + l] += lane[l];
+        }
+    }
+}
+
 const sa_rows SA_NAME(sa_rows) = {
     .activate = activate,
     .norm = norm,
     .peak = peak,
     .times = times,
+    .times_turned = times_turned,
     .exp_sum = exp_sum,
     .kl_sums = kl_sums,
 };

@@ -1,4 +1,5 @@
-/* tile_pack.h - the only functions that know storage types: rows in, rows out, transposed or not. */
+/* tile_pack.h - the only functions that know storage types: rows in, rows out, transposed or not.
+ */
 
 SA_INLINE real
 load_one(const void *src, sa_dtype dtype, int64_t at)
@@ -63,7 +64,8 @@ load_row(real *dst, const void *src, sa_dtype dtype, int dim, real scale)
 }
 
 static void
-load_rows(void *rows, int64_t ld, const void *src, sa_dtype dtype, int64_t row_stride, int n_rows, int dim, double scale)
+load_rows(void *rows, int64_t ld, const void *src, sa_dtype dtype, int64_t row_stride, int n_rows,
+          int dim, double scale)
 {
     const int64_t step = row_stride * (int64_t)sa_dtype_size(dtype);
     for (int r = 0; r < n_rows; r++) {
@@ -72,7 +74,8 @@ load_rows(void *rows, int64_t ld, const void *src, sa_dtype dtype, int64_t row_s
 }
 
 static void
-load_cols(void *cols, int w, const void *const *src_row, sa_dtype dtype, int n_rows, int dim, double scale)
+load_cols(void *cols, int w, const void *const *src_row, sa_dtype dtype, int n_rows, int dim,
+          double scale)
 {
     real *const dst = cols;
     const bool direct = is_real(dtype);
@@ -94,14 +97,18 @@ load_cols(void *cols, int w, const void *const *src_row, sa_dtype dtype, int n_r
         }
         for (; c < dim; c++) {
             for (int r = 0; r < LANES; r++) {
-                dst[(int64_t)c * w + r0 + r] = r < rows ? load_one(src_row[r0 + r], dtype, c) * (real)scale : 0;
+                dst[(int64_t)c * w + r0 + r] =
+                    r < rows ? load_one(src_row[r0 + r], dtype, c) * (real)scale : 0;
             }
         }
     }
 }
 
+/* A sum that underflowed may be -0 or 0, as terms of weight 0 were added to it or passed over: + 0
+ * writes 0 for both, so that keys a row does not see change no bit. */
 static void
-store_cols(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_rows, int dim, const void *factor)
+store_cols(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_rows, int dim,
+           const void *factor)
 {
     const real *const src = cols;
     const bool direct = is_real(dtype);
@@ -113,7 +120,7 @@ store_cols(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_
             vreal block[LANES];
 #pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) {
-                block[r] = vload(src + (int64_t)(c + r) * w + r0) * times;
+                block[r] = vload(src + (int64_t)(c + r) * w + r0) * times + vset(0);
             }
             vtranspose(block);
 #pragma GCC unroll 16
@@ -125,7 +132,8 @@ store_cols(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_
         }
         for (; c < dim; c++) {
             for (int r = 0; r < rows; r++) {
-                store_one(dst_row[r0 + r], dtype, c, src[(int64_t)c * w + r0 + r] * ((const real *)factor)[r0 + r]);
+                const real x = src[(int64_t)c * w + r0 + r] * ((const real *)factor)[r0 + r];
+                store_one(dst_row[r0 + r], dtype, c, x + 0);
             }
         }
     }
@@ -136,7 +144,7 @@ store_row(void *dst, sa_dtype dtype, const void *src, int dim, const void *facto
 {
     const real *const from = src;
     for (int c = 0; c < dim; c++) {
-        store_one(dst, dtype, c, from[c] * *(const real *)factor);
+        store_one(dst, dtype, c, from[c] * *(const real *)factor + 0);
     }
 }
 

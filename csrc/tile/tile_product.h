@@ -1,9 +1,10 @@
-/* tile_product.h - one general small product, and the register-only loop that the benchmark calls FMA peak. */
+/* tile_product.h - one general small product, and the register-only loop that the benchmark calls
+ * FMA peak. */
 
 /* rows x (vecs LANES) of c: the score tile with b in the place of Q^T. */
 SA_INLINE void
-product_tile(real *c, int64_t ldc, const int rows, const int vecs, const real *a, int64_t lda, const real *b, int64_t ldb,
-             int k, bool accumulate)
+product_tile(real *c, int64_t ldc, const int rows, const int vecs, const real *a, int64_t lda,
+             const real *b, int64_t ldb, int k, bool accumulate)
 {
     const void *a_row[KEYS];
     vreal acc[KEYS][VECS];
@@ -23,12 +24,13 @@ product_tile(real *c, int64_t ldc, const int rows, const int vecs, const real *a
 }
 
 SA_INLINE void
-product_strip(real *c, int64_t ldc, const int vecs, const real *a, int64_t lda, const real *b, int64_t ldb, int m, int k,
-              bool accumulate)
+product_strip(real *c, int64_t ldc, const int vecs, const real *a, int64_t lda, const real *b,
+              int64_t ldb, int m, int k, bool accumulate)
 {
     int i = 0;
     for (; i + KEYS_FOR(vecs) <= m; i += KEYS_FOR(vecs)) {
-        product_tile(c + i * ldc, ldc, KEYS_FOR(vecs), vecs, a + i * lda, lda, b, ldb, k, accumulate);
+        product_tile(c + i * ldc, ldc, KEYS_FOR(vecs), vecs, a + i * lda, lda, b, ldb, k,
+                     accumulate);
     }
     for (; i + 4 <= m; i += 4) {
         product_tile(c + i * ldc, ldc, 4, vecs, a + i * lda, lda, b, ldb, k, accumulate);
@@ -40,8 +42,8 @@ product_strip(real *c, int64_t ldc, const int vecs, const real *a, int64_t lda, 
 
 /* The last n < LANES columns: plain dot products in the same order. */
 static void
-product_rest(real *c, int64_t ldc, const real *a, int64_t lda, const real *b, int64_t ldb, int m, int n, int k,
-             bool accumulate)
+product_rest(real *c, int64_t ldc, const real *a, int64_t lda, const real *b, int64_t ldb, int m,
+             int n, int k, bool accumulate)
 {
     for (int i = 0; i < m; i++) {
         real sum[LANES] = {0};
@@ -57,7 +59,8 @@ product_rest(real *c, int64_t ldc, const real *a, int64_t lda, const real *b, in
 }
 
 static void
-product(void *c, int64_t ldc, const void *a, int64_t lda, const void *b, int64_t ldb, int m, int n, int k, bool accumulate)
+product(void *c, int64_t ldc, const void *a, int64_t lda, const void *b, int64_t ldb, int m, int n,
+        int k, bool accumulate)
 {
     const int wide = VECS * LANES;
     int j = 0;

@@ -1,6 +1,9 @@
-/* tile_row.h - the row path: one query row at a time, straight from K and V (decode, token selections). */
+/* tile_row.h - the row path: one query row at a time, straight from K and V (decode, token
+ * selections). */
 
-/* Eight keys at a time share the loads of q. */
+/* Keys that share the loads of q, and whose sums over the lanes are taken together. */
+#define DOT_KEYS (LANES > 8 ? LANES : 8)
+
 static void
 dots(void *s, const void *q, const void *const *k_row, int n_keys, int dim)
 {
@@ -8,21 +11,22 @@ dots(void *s, const void *q, const void *const *k_row, int n_keys, int dim)
     real *const score = s;
     const int whole = dim / LANES * LANES;
     int j = 0;
-    for (; j + 8 <= n_keys; j += 8) {
-        vreal acc[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
+    for (; j + DOT_KEYS <= n_keys; j += DOT_KEYS) {
+        vreal acc[DOT_KEYS];
+#pragma GCC unroll 16
+        for (int i = 0; i < DOT_KEYS; i++) {
             acc[i] = vset(0);
         }
         for (int c = 0; c < whole; c += LANES) {
             const vreal x = vload(query + c);
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
+#pragma GCC unroll 16
+            for (int i = 0; i < DOT_KEYS; i++) {
                 acc[i] += x * vload((const real *)k_row[j + i] + c);
             }
         }
-        for (int i = 0; i < 8; i++) {
-            score[j + i] = vsum(acc[i]);
+#pragma GCC unroll 4
+        for (int i = 0; i < DOT_KEYS; i += LANES) {
+            vstore(score + j + i, vsums(acc + i));
         }
     }
     for (; j < n_keys; j++) {
@@ -79,44 +83,69 @@ fold_row(void *s, int n_keys, void *m, void *l, void *o, int dim_v)
     *sum += vsum(total);
 }
 
-/* Keys with p = 0 are not touched. */
-static void
-axpys(void *o, const void *p, const void *const *v_row, int n_keys, int dim_v)
+/* Channels c .. c + vecs LANES of all keys, for compile-time vecs and select. */
+SA_INLINE void
+axpys_tile(real *o, const int vecs, const bool select, const real *p, const real *seen,
+           const void *const *v_row, int n_keys, int c)
 {
-    real *const out = o;
-    const real *const weight = p;
-    int c = 0;
-    for (; c + 4 * LANES <= dim_v; c += 4 * LANES) {
-        vreal acc[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            acc[i] = vload(out + c + i * LANES);
+    vreal acc[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < vecs; i++) {
+        acc[i] = vset(0);
+    }
+    for (int j = 0; j < n_keys; j++) {
+        if (select && seen[j] == -INFINITY) {
+            continue;
         }
-        for (int j = 0; j < n_keys; j++) {
-            if (weight[j] != 0) {
-                const vreal x = vset(weight[j]);
-                const real *const row = (const real *)v_row[j] + c;
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) {
-                    acc[i] += x * vload(row + i * LANES);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            vstore(out + c + i * LANES, acc[i]);
+        const vreal weight = vset(p[j]);
+        const real *const row = (const real *)v_row[j] + c;
+#pragma GCC unroll 8
+        for (int i = 0; i < vecs; i++) {
+            acc[i] += weight * vload(row + i * LANES);
         }
     }
-    for (; c < dim_v; c += LANES) {
-        const int rest = SA_MIN(LANES, dim_v - c);
-        for (int j = 0; j < n_keys; j++) {
-            if (weight[j] != 0) {
-                const real *const row = (const real *)v_row[j] + c;
-                for (int i = 0; i < rest; i++) {
-                    out[c + i] += weight[j] * row[i];
-                }
-            }
+#pragma GCC unroll 8
+    for (int i = 0; i < vecs; i++) {
+        vstore(o + c + i * LANES, vload(o + c + i * LANES) + acc[i]);
+    }
+}
+
+SA_INLINE void
+axpys_any(real *o, const bool select, const real *p, const real *seen, const void *const *v_row,
+          int n_keys, int dim_v)
+{
+    int c = 0;
+    for (; c + 8 * LANES <= dim_v; c += 8 * LANES) { /* 8 sums in flight hide the FMA's latency */
+        axpys_tile(o, 8, select, p, seen, v_row, n_keys, c);
+    }
+    for (; c + 4 * LANES <= dim_v; c += 4 * LANES) {
+        axpys_tile(o, 4, select, p, seen, v_row, n_keys, c);
+    }
+    for (; c + 2 * LANES <= dim_v; c += 2 * LANES) {
+        axpys_tile(o, 2, select, p, seen, v_row, n_keys, c);
+    }
+    for (; c + LANES <= dim_v; c += LANES) {
+        axpys_tile(o, 1, select, p, seen, v_row, n_keys, c);
+    }
+    real sum[LANES] = {0};
+    for (int j = 0; c < dim_v && j < n_keys; j++) {
+        const real *const row = (const real *)v_row[j] + c;
+        for (int i = 0; i < dim_v - c && !(select && seen[j] == -INFINITY); i++) {
+            sum[i] += p[j] * row[i];
         }
+    }
+    for (int i = 0; i < dim_v - c; i++) {
+        o[c + i] += sum[i];
+    }
+}
+
+static void
+axpys(void *o, const void *p, const void *seen, const void *const *v_row, int n_keys, int dim_v)
+{
+    if (seen != NULL) {
+        axpys_any(o, true, p, seen, v_row, n_keys, dim_v);
+    } else {
+        axpys_any(o, false, p, NULL, v_row, n_keys, dim_v);
     }
 }
 
@@ -129,7 +158,8 @@ join_row(void *m, void *l, void *o, const void *m2, const void *l2, const void *
     const real high = *top > other ? *top : other;
     const real a = *top == -INFINITY ? *sum : (real)exp((double)(*top - high));
     const real b = other == -INFINITY ? more : (real)exp((double)(other - high));
-    /* A side that saw nothing has sum 0, or NaN when what it saw was NaN: its factor is then that sum. */
+    /* A side that saw nothing has sum 0, or NaN when what it saw was NaN: its factor is then that
+     * sum. */
     for (int c = 0; c < dim_v; c++) {
         out[c] = out[c] * a + ((const real *)o2)[c] * b;
     }

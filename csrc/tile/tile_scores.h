@@ -1,13 +1,13 @@
 /* tile_scores.h - scores of a strip of queries against key rows, and their softmax.
  *
- * Register tile: KEYS key rows x VECS vectors of queries. Each step loads VECS vectors of Q^T and broadcasts one element of
- * each key row; keys are read where they lie.
+ * Register tile: KEYS key rows x VECS vectors of queries. Each step loads VECS vectors of Q^T and
+ * broadcasts one element of each key row; keys are read where they lie.
  */
 
 /* acc[j][v] = sum_c qt[c w + v LANES ..] row[j][c], for compile-time n_keys and vecs. */
 SA_INLINE void
-score_tile(vreal (*acc)[VECS], const int n_keys, const int vecs, const real *qt, int64_t w, const void *const *k_row,
-           int dim)
+score_tile(vreal (*acc)[VECS], const int n_keys, const int vecs, const real *qt, int64_t w,
+           const void *const *k_row, int dim)
 {
     const real *row[KEYS];
 #pragma GCC unroll 16
@@ -38,7 +38,8 @@ score_tile(vreal (*acc)[VECS], const int n_keys, const int vecs, const real *qt,
 
 /* Raw scores of n_keys keys (compile time). */
 SA_INLINE void
-score_raw(real *s, const int n_keys, const int vecs, const real *qt, int w, const void *const *k_row, int dim)
+score_raw(real *s, const int n_keys, const int vecs, const real *qt, int w,
+          const void *const *k_row, int dim)
 {
     vreal acc[KEYS][VECS];
     score_tile(acc, n_keys, vecs, qt, w, k_row, dim);
@@ -65,11 +66,13 @@ load_ints(const int32_t *p)
 #endif
 }
 
-/* Scores and exponentials against the stale maximum; over[v] collects lanes that exceed it. Keys from `real_keys` on
- * only fill the register tile: they repeat the last key and are left out of the sums. */
+/* Scores and exponentials against the stale maximum; over[v] collects lanes that exceed it. Keys
+ * from `real_keys` on only fill the register tile: they repeat the last key and are left out of the
+ * sums. */
 SA_INLINE void
-score_fused(real *p, const int n_keys, const int vecs, const real *qt, int w, const void *const *k_row, int dim,
-            int real_keys, const real *m, vreal *sum, vint *over, const bool clipped, const sa_clip *clip)
+score_fused(real *p, const int n_keys, const int vecs, const real *qt, int w,
+            const void *const *k_row, int dim, int real_keys, const real *m, vreal *sum, vint *over,
+            const bool clipped, const sa_clip *clip)
 {
     vreal acc[KEYS][VECS];
     score_tile(acc, n_keys, vecs, qt, w, k_row, dim);
@@ -91,7 +94,8 @@ score_fused(real *p, const int n_keys, const int vecs, const real *qt, int w, co
         for (int j = 1; j < n_keys; j++) {
             high = vmax(acc[j][v], high);
         }
-        over[v] |= high > limit;
+        /* A lane at -inf that sees nothing but -inf is left to fold: -inf - -inf is NaN. */
+        over[v] |= clipped ? high > limit : high >= limit;
 #pragma GCC unroll 16
         for (int j = 0; j < n_keys; j++) {
             const vreal e = vexp(acc[j][v] - top);
@@ -101,10 +105,12 @@ score_fused(real *p, const int n_keys, const int vecs, const real *qt, int w, co
     }
 }
 
-/* The last keys of a tile fill a register tile of 4, 8 or 12 rows by repeating the last key: a lone key would
- * wait for each of its multiply-adds. Up to three rows of s past n_keys are written; tiles have a multiple of 4. */
+/* The last keys of a tile fill a register tile of 4, 8 or 12 rows by repeating the last key: a lone
+ * key would wait for each of its multiply-adds. Up to three rows of s past n_keys are written;
+ * tiles have a multiple of 4. */
 SA_INLINE void
-scores_wide(real *s, const int vecs, const real *qt, int w, const void *const *k_row, int n_keys, int dim)
+scores_wide(real *s, const int vecs, const real *qt, int w, const void *const *k_row, int n_keys,
+            int dim)
 {
     const void *row[KEYS];
     int j = 0;
@@ -145,15 +151,16 @@ scores(void *s, const void *qt, int w, int wide, const void *const *k_row, int n
 }
 
 SA_INLINE bool
-scores_exp_wide(real *p, const int vecs, const real *qt, int w, const void *const *k_row, int n_keys, int dim,
-                const real *m, real *l, const bool clipped, const sa_clip *clip)
+scores_exp_wide(real *p, const int vecs, const real *qt, int w, const void *const *k_row,
+                int n_keys, int dim, const real *m, real *l, const bool clipped,
+                const sa_clip *clip)
 {
     vreal sum[VECS];
     vint over[VECS];
     sa_clip here = clipped ? *clip : (sa_clip){0, NULL, NULL};
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; v++) {
-        sum[v] = vload(l + v * LANES);
+        sum[v] = vset(0);
         over[v] = (vint){0};
     }
     for (int j = 0; j < n_keys; j += KEYS_FOR(vecs), here.first += KEYS_FOR(vecs)) {
@@ -161,7 +168,8 @@ scores_exp_wide(real *p, const int vecs, const real *qt, int w, const void *cons
         const int rest = n_keys - j;
         const void *row[KEYS];
         if (rest >= KEYS_FOR(vecs)) {
-            score_fused(to, KEYS_FOR(vecs), vecs, qt, w, k_row + j, dim, KEYS, m, sum, over, clipped, &here);
+            score_fused(to, KEYS_FOR(vecs), vecs, qt, w, k_row + j, dim, KEYS, m, sum, over,
+                        clipped, &here);
             continue;
         }
         for (int i = 0; i < KEYS_FOR(vecs); i++) {
@@ -170,7 +178,8 @@ scores_exp_wide(real *p, const int vecs, const real *qt, int w, const void *cons
         if (rest <= 4) {
             score_fused(to, 4, vecs, qt, w, row, dim, rest, m, sum, over, clipped, &here);
         } else {
-            score_fused(to, KEYS_FOR(vecs), vecs, qt, w, row, dim, rest, m, sum, over, clipped, &here);
+            score_fused(to, KEYS_FOR(vecs), vecs, qt, w, row, dim, rest, m, sum, over, clipped,
+                        &here);
         }
     }
     for (int v = 1; v < vecs; v++) {
@@ -180,14 +189,14 @@ scores_exp_wide(real *p, const int vecs, const real *qt, int w, const void *cons
         return false;
     }
     for (int v = 0; v < vecs; v++) {
-        vstore(l + v * LANES, sum[v]);
+        vstore(l + v * LANES, vload(l + v * LANES) + sum[v]);
     }
     return true;
 }
 
 static bool
-scores_exp(void *p, const void *qt, int w, int wide, const void *const *k_row, int n_keys, int dim, const void *m,
-           void *l, const sa_clip *c)
+scores_exp(void *p, const void *qt, int w, int wide, const void *const *k_row, int n_keys, int dim,
+           const void *m, void *l, const sa_clip *c)
 {
     switch (wide / LANES) {
     case 1:
@@ -206,7 +215,8 @@ scores_exp(void *p, const void *qt, int w, int wide, const void *const *k_row, i
     }
 }
 
-/* One vector of lanes. A lane whose maximum stays keeps its bits: its factor is exactly 1 and is not applied. */
+/* One vector of lanes. A lane whose maximum stays gets the bits that scores_exp would give it: no
+ * factor is applied to it, and its sum is taken in the same order. */
 SA_INLINE void
 fold_vector(real *s, int w, int n_keys, real *m, real *l, real *o, int dim_v)
 {
@@ -218,10 +228,10 @@ fold_vector(real *s, int w, int n_keys, real *m, real *l, real *o, int dim_v)
     }
     const vint raise = (high > old + vset((real)SA_STALE)) | ((old == none) & (high > none));
     const vreal top = vselect(raise, high, old);
-    vreal sum = vload(l);
     if (vany(raise)) {
+        const vreal before = vload(l);
         const vreal factor = vexp(vselect(old == none, none, old - top));
-        sum = vselect(raise, sum * factor, sum);
+        vstore(l, vselect(raise, before * factor, before));
         for (int c = 0; c < dim_v; c++) {
             const vreal out = vload(o + (int64_t)c * w);
             vstore(o + (int64_t)c * w, vselect(raise, out * factor, out));
@@ -229,12 +239,13 @@ fold_vector(real *s, int w, int n_keys, real *m, real *l, real *o, int dim_v)
         vstore(m, top);
     }
     const vreal base = vselect(top == none, vset(0), top);
+    vreal sum = vset(0);
     for (int j = 0; j < n_keys; j++) {
         const vreal e = vexp(vload(s + (int64_t)j * w) - base);
         sum += e;
         vstore(s + (int64_t)j * w, e);
     }
-    vstore(l, sum);
+    vstore(l, vload(l) + sum);
 }
 
 static void

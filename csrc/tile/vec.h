@@ -11,7 +11,8 @@
 
 typedef SA_REAL real;
 typedef SA_REAL vreal __attribute__((vector_size(SA_VBYTES)));
-typedef SA_REAL vreal_u __attribute__((vector_size(SA_VBYTES), aligned(sizeof(SA_REAL)), may_alias));
+typedef SA_REAL vreal_u
+    __attribute__((vector_size(SA_VBYTES), aligned(sizeof(SA_REAL)), may_alias));
 #if defined(SA_REAL_IS_DOUBLE)
 typedef int64_t sint;
 #else
@@ -157,8 +158,24 @@ vtranspose(vreal row[LANES])
     }
 }
 
-/* exp(d) for d <= 40. float32: e^d = 2^n 2^r with n = round(d log2 e), a degree-5 polynomial for 2^r (relative error
- * 1.6e-7), 0 below -87.7; NaN stays NaN because 2^n is a factor. float64: libm, lane by lane. */
+/* Lane i: the sum of a[i], added in the order of vsum. */
+SA_INLINE vreal
+vsums(vreal a[LANES])
+{
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < half; i++) {
+            a[i] = __builtin_shufflevector(a[i], a[i + half], SA_LOW) +
+                   __builtin_shufflevector(a[i], a[i + half], SA_HIGH);
+        }
+    }
+    return a[0];
+}
+
+/* exp(d) for d <= 40. float32: e^d = 2^n 2^r with n = round(d log2 e), a degree-5 polynomial for
+ * 2^r (relative error 1.6e-7), 0 below -87.7; NaN stays NaN because 2^n is a factor. float64: libm,
+ * lane by lane. */
 SA_INLINE vreal
 vexp(vreal d)
 {

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparseattn.errors import SparseAttnError
 from sparseattn.evaluation.cost import (
     LENGTHS,
@@ -17,11 +19,17 @@ from sparseattn.evaluation.cost import (
     head_shape,
     peak_bytes,
 )
-from sparseattn.evaluation.job import checked_int, checked_numbers, output_folder, prepare
+from sparseattn.evaluation.job import (
+    checked_int,
+    checked_numbers,
+    load_model,
+    output_folder,
+    prepare,
+)
 from sparseattn.evaluation.report import Comparison, build_report
 from sparseattn.evaluation.results import Records
 from sparseattn.evaluation.rows import DENSE, given_rows, matched_rows, parse_attention
-from sparseattn.evaluation.trust import reference_difference
+from sparseattn.evaluation.trust import missing_packages, reference_difference
 from sparseattn.progress import progress as open_progress
 from sparseattn.variants import Variant
 
@@ -150,6 +158,7 @@ class CompareJob:
 
     def __init__(self, model: Any, text: Any, options: Options) -> None:
         self.options = options
+        self.given_model = model is not None and not isinstance(model, str | os.PathLike)
         specs = parse_attention(options.attention)
         budgets = checked_numbers("budgets", options.budgets)
         self.lengths = check_lengths(options.lengths)
@@ -206,14 +215,22 @@ class CompareJob:
 
     def result(self) -> Comparison:
         """Return what is finished."""
+        setup = {
+            "budget": self.budget,
+            **asdict(self.shape),
+            "peak_length": self.peak_length,
+        }
         data = build_report(
             self.job,
             self.rows,
-            self.timings() if self.timed else None,
+            self.timings(),
             seeds=self.seeds,
             max_kl=self.max_kl,
+            setup=setup if self.timed else None,
         )
-        data["shape"] = {**asdict(self.shape), "peak_length": self.peak_length}
+        asked = {**asdict(self.options), "lengths": self.lengths}
+        asked["attention"] = [row.name for row in self.rows if row.budget is None]
+        data["arguments"] = {name: plain(value) for name, value in asked.items()}
         return Comparison(data)
 
     def write(self, plots: bool = False) -> None:
@@ -231,7 +248,7 @@ class CompareJob:
 
     def timed_specs(self) -> dict[str, Variant]:
         """Return what is timed: all but the bounds, which only say how good a row could be."""
-        return {r.name: r.spec for r in self.rows if r.role not in ("floor", "ceiling")}
+        return {r.name: r.spec for r in self.rows if r.role != "bound"}
 
     def timings(self) -> list[LengthTiming]:
         """Return the lengths measured so far."""
@@ -244,12 +261,19 @@ class CompareJob:
         if job.records.get("reference") is not None:
             return
         ids = job.text.ids[: min(job.context, REFERENCE_TOKENS)]
-        folder: Path | None = getattr(job.model, "folder", None)
-        if self.options.random_weights is not None:
-            folder = None
         hidden = job.model.hidden(ids[None], attention=DENSE)[0]
-        found = reference_difference(folder, ids, job.model.head(hidden))
+        found = reference_difference(self._checkpoint(), ids, job.model.head(hidden))
         job.records.add("reference", found)
+
+    def _checkpoint(self) -> Path | None:
+        """Return the folder that holds the very parameters that are compared, if one does."""
+        folder: Path | None = getattr(self.job.model, "folder", None)
+        if folder is None or self.options.random_weights is not None:
+            return None
+        if self.given_model and not missing_packages():
+            stored, _ = load_model(folder, None, None)
+            return folder if stored.fingerprint == self.job.model.fingerprint else None
+        return folder
 
     def _peaks(self) -> None:
         for name, spec in self.timed_specs().items():
@@ -282,6 +306,15 @@ def check_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     """Return the lengths in ascending order, each once."""
     items = [lengths] if isinstance(lengths, int) else lengths
     return tuple(sorted({checked_int("lengths", n, 16, 1 << 24) for n in items}))
+
+
+def plain(value: Any) -> Any:
+    """Return an argument as JSON has it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def save_plots(result: Comparison, records: Records) -> None:

@@ -142,7 +142,7 @@ def prepare(
     progress: bool | None,
 ) -> Job:
     """Load model and text, and check everything that can be checked before any work."""
-    checked_int("seed", seed, 0, 2**31)
+    seed = checked_int("seed", seed, 0, 2**31)
     loaded, name = load_model(model, random_weights, tokenizer)
     check_specs(specs, loaded.config)
     limit = loaded.config.context

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import html
+import importlib
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from sparseattn import plots
+from sparseattn.errors import NotSupported
 from sparseattn.evaluation.cost import LengthTiming, wins_from
 from sparseattn.evaluation.job import Job
 from sparseattn.evaluation.rows import DENSE, Row
@@ -30,6 +33,7 @@ from sparseattn.evaluation.table import (
 __all__ = ["Comparison", "build_report"]
 
 DENSE_NAME = str(DENSE)
+BUDGET = "time budget"  # in every reason that more of it would remove
 
 
 class Comparison:
@@ -65,21 +69,22 @@ class Comparison:
 
     def to_pandas(self) -> Any:
         """Return one line a variant as a pandas DataFrame; needs the ``plot`` extra."""
-        import pandas
-
+        pandas = optional("pandas")
         return pandas.DataFrame([flat(row) for row in self.rows])
 
     def plot(self) -> Any:
         """Return quality against cost as a matplotlib Figure; needs the ``plot`` extra."""
-        from sparseattn import plots
-
+        optional("matplotlib")
         return plots.quality_cost(self.data)
 
     def text(self, width: int = 120) -> str:
         """Return the table with its legend, the trust line and the act line."""
         if not self.rows:
             return "\n".join([*heading(self.data), "no row is finished yet"])
-        ends = [*trust_lines(self.data), f"act    {self.data['act']['text']}"]
+        act = self.data["act"]
+        ends = [*trust_lines(self.data), f"act    {act['text']}"]
+        if act["spec"]:
+            ends.append(f"       {act['code']}")
         parts = [
             heading(self.data),
             [self._table().text(width)],
@@ -102,16 +107,25 @@ class Comparison:
         return Table(Column("variant", [row["variant"] for row in self.rows]), columns(self.data))
 
 
+def optional(name: str) -> Any:
+    """Return a module of the ``plot`` extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise NotSupported(f"{name} is not installed: run pip install 'sparseattn[plot]'") from None
+
+
 # ---- data --------------------------------------------------------------------------------------
 
 
 def build_report(
     job: Job,
     rows: Sequence[Row],
-    timings: Sequence[LengthTiming] | None,
+    timings: Sequence[LengthTiming],
     *,
     seeds: int,
     max_kl: float,
+    setup: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return what is finished as plain data.
 
@@ -119,15 +133,16 @@ def build_report(
     ----------
     rows : sequence of Row
         All rows asked for; those without all their blocks are named as unfinished.
-    timings : sequence of LengthTiming or None
-        None where no timing was asked for.
+    timings : sequence of LengthTiming
+    setup : mapping or None
+        What timing was asked for: ``budget``, ``heads``, ``dim``, ``peak_length``.
     """
     dense = job.scores(DENSE, seeds)
     finished = []
     for row in rows:
         scores = job.scores(row.spec, seeds)
         if scores is not None and dense is not None:
-            finished.append(row_data(job, row, scores, dense[0], timings or ()))
+            finished.append(row_data(job, row, scores, dense[0], timings))
     names = [row["variant"] for row in finished]
     data = {
         "format": 1,
@@ -137,7 +152,7 @@ def build_report(
         "settings": job.records.settings,
         "unfinished": [row.name for row in rows if row.name not in names],
         "rows": finished,
-        "timing": None if timings is None else timing_data(timings),
+        "timing": None if setup is None else {**setup, "lengths": timing_data(timings)},
         "trust": {
             "dense_checksum": checksum(dense[0]) if dense else None,
             "reference": without_id(job.records.get("reference")),
@@ -170,6 +185,7 @@ def row_data(
         "variant": row.name,
         "role": row.role,
         "budget": row.budget,
+        "bound": row.bound,
         "seeds": len(scores),
         "nll": nll,
         "perplexity": math.exp(min(nll[0] or 0.0, 700.0)),
@@ -250,7 +266,7 @@ def advice(rows: Sequence[dict[str, Any]], max_kl: float) -> dict[str, Any]:
     if ratio is not None:
         cost = f"takes {number(ratio)} of dense's attention time at N = {lengths_word(length)}"
     slow = "" if best["wins_from"] or ratio is None else " (so dense is the better choice here)"
-    text = f"{within}, cheapest: {best['variant']} {cost}{slow}:  {code}"
+    text = f"{within}, cheapest: {best['variant']} {cost}{slow}"
     return {"max_kl": max_kl, "spec": best["variant"], "code": code, "text": text}
 
 
@@ -342,8 +358,10 @@ def columns(data: dict[str, Any]) -> list[Column]:
         peaks = [r["peak_bytes"] for r in rows]
         add("peak MiB", [number(None if p is None else p / 2**20) for p in peaks], "cost")
         add("wins from", [wins_word(r) for r in rows], "time")
-        for t in data["timing"]:
+        for t in data["timing"]["lengths"]:
             key = str(t["length"])
+            if not t["heads"]:
+                continue  # all left out, which the legend says
             add(lengths_word(t["length"]), [time_word(r, key) for r in rows], "time")
     return found
 
@@ -359,8 +377,7 @@ def budget_word(row: dict[str, Any]) -> str:
     """Return the share a row was matched to, and which bound it is."""
     if row["budget"] is None:
         return ""
-    bound = f" {row['role']}" if row["role"] in ("floor", "ceiling") else ""
-    return f"{100 * row['budget']:g} %{bound}"
+    return f"{100 * row['budget']:g} % {row['bound']}".rstrip()
 
 
 def wins_word(row: dict[str, Any]) -> str:
@@ -382,7 +399,10 @@ def time_word(row: dict[str, Any], length: str) -> str:
     if row["variant"] == DENSE_NAME:
         seconds = cell["seconds"]
         return f"{number(seconds)} s" if seconds >= 1 else f"{number(seconds * 1e3)} ms"
-    return with_interval(interval(cell["ratio"]))
+    ratio = interval(cell["ratio"])
+    if ratio.half > ratio.value / 2:  # ± would promise more symmetry than there is
+        return f"{number(ratio.low, 2)}..{number(ratio.high, 2)}"
+    return with_interval(ratio)
 
 
 def legend(data: dict[str, Any]) -> list[str]:
@@ -400,32 +420,45 @@ def legend(data: dict[str, Any]) -> list[str]:
     if any(row["budget"] for row in data["rows"]):
         lines.append("budget: share to keep; floor: random keys, ceiling: best keys by true score.")
     if data["timing"]:
-        lines += timing_legend(data)
+        lines += timing_legend(data["timing"])
     if data["unfinished"]:
         lines.append(f"not finished: {', '.join(data['unfinished'])}")
     return lines
 
 
-def timing_legend(data: dict[str, Any]) -> list[str]:
+def timing_legend(timing: dict[str, Any]) -> list[str]:
     """Return how the timed columns came about, and what was left out."""
-    shape = data["shape"]
     heads: list[tuple[int, int]] = []
-    for t in data["timing"]:
+    for t in timing["lengths"]:
         if t["heads"] and (not heads or heads[-1][1] != t["heads"]):
             heads.append((t["length"], t["heads"]))
     words = ", ".join(f"{count} from {lengths_word(n)} on" for n, count in heads)
-    lines = [
-        f"{' '.join(lengths_word(t['length']) for t in data['timing'])}: time of causal attention "
-        f"over dense's of the same run (dense: its own time), heads of {shape['dim']}: {words}. "
-        "wins from: the length from which the whole interval stays below 1. peak: extra memory of "
-        f"one call at N = {lengths_word(shape['peak_length'])}, {shape['heads']} heads.",
+    lengths = " ".join(lengths_word(t["length"]) for t in timing["lengths"])
+    return [
+        f"{lengths}: time of causal attention over dense's of the same run, a..b: its interval "
+        f"where wide (dense: its own time). Heads of {timing['dim']}: {words}. wins from: the "
+        "length from which the whole interval stays below 1. peak: extra memory of one call at "
+        f"N = {lengths_word(timing['peak_length'])}, {timing['heads']} heads.",
+        *left_out_words(timing),
     ]
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for t in data["timing"]:
+
+
+def left_out_words(timing: dict[str, Any]) -> list[str]:
+    """Return which lengths were not measured, and why."""
+    beyond: dict[str, list[str]] = {}
+    other: dict[str, list[str]] = {}
+    for t in timing["lengths"]:
+        late = [name for name, reason in t["left_out"].items() if BUDGET in reason]
+        if late:
+            who = ", ".join(late) if t["heads"] else "everything"
+            beyond.setdefault(who, []).append(lengths_word(t["length"]))
         for name, reason in t["left_out"].items():
-            reasons.setdefault((name, reason), []).append(lengths_word(t["length"]))
-    for (name, reason), lengths in reasons.items():
-        lines.append(f"left out: {name} at {', '.join(lengths)} ({reason})")
+            if BUDGET not in reason:
+                other.setdefault(f"{name} ({reason})", []).append(lengths_word(t["length"]))
+    lines = [f"left out: {who} at {', '.join(lengths)}" for who, lengths in other.items()]
+    if beyond:
+        words = "; ".join(f"{who} at {', '.join(lengths)}" for who, lengths in beyond.items())
+        lines.append(f"left out, beyond the {BUDGET} of {timing['budget']:g} s: {words}")
     return lines
 
 

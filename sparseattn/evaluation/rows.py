@@ -20,11 +20,16 @@ DENSE = Dense()
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Role: ``baseline``, ``given``, ``matched``, ``floor``, ``ceiling``."""
+    """One line of the table.
+
+    `role` is ``baseline``, ``given``, ``matched`` to a budget, or ``bound``: there only for the
+    comparison. `bound` is ``floor`` (random keys), ``ceiling`` (best keys) or empty.
+    """
 
     spec: Variant
     role: str = "given"
     budget: float | None = None
+    bound: str = ""
 
     @property
     def name(self) -> str:
@@ -63,12 +68,13 @@ def matched_rows(specs: Sequence[Variant], budgets: Sequence[float], length: int
     for budget in budgets:
         if not 0 < budget < 1:
             raise ArgumentError(f"budgets must lie between 0 and 1 (0.1 keeps 10 %), got {budget}")
-        families = [spec for spec in specs if sizable(spec)]
-        matched = [match_share(spec, budget, length) for spec in families]
-        rows += [Row(spec, "matched", budget) for spec in dict.fromkeys(matched)]
         floor = match_share(RandomKeys(1), budget, length)
-        rows.append(Row(floor, "floor", budget))
-        rows.append(Row(match_share(TopK(1), budget, length), "ceiling", budget))
+        ceiling = match_share(TopK(1), budget, length)
+        bounds = {floor: "floor", ceiling: "ceiling"}
+        matched = dict.fromkeys(match_share(s, budget, length) for s in specs if sizable(s))
+        for spec in matched:
+            rows.append(Row(spec, "matched", budget, bounds.get(spec, "")))
+        rows += [Row(s, "bound", budget, b) for s, b in bounds.items() if s not in matched]
     return rows
 
 

@@ -42,12 +42,14 @@ def with_interval(interval: Interval | None, *, sign: bool = False, scale: float
     value, half = interval.value * scale, interval.half * scale
     plus = "+" if sign and value > 0 else ""
     if math.isnan(half) or half <= 0:
-        return "0" if value == 0 else plus + number(value)
+        return plus + number(value)
     lead = math.floor(math.log10(half))
     places = 1 - lead if half / 10**lead < 3 else -lead
     places = max(0, places)
     if places > 6:
         return f"{plus}{value:.1e}±{half:.0e}"
+    if round(value, places) == 0:
+        plus, value = "", 0.0
     return f"{plus}{value:,.{places}f}±{half:,.{places}f}"
 
 

@@ -7,9 +7,11 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -42,10 +44,8 @@ with os.fdopen(results, "wb") as out:
 
 def environment() -> dict[str, Any]:
     """Return hardware, versions, threads, instruction set and BLAS."""
-    from sparseattn import __version__
-
     return {
-        "sparseattn": __version__,
+        "sparseattn": _core.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -76,13 +76,14 @@ def reference_difference(
     """
     if folder is None:
         return {"reason": "no checkpoint that transformers could load"}
-    missing = [n for n in ("transformers", "torch") if importlib.util.find_spec(n) is None]
+    missing = missing_packages()
     if missing:
         return {"reason": f"{' and '.join(missing)} not installed"}
     status, out, err = _run([sys.executable, "-c", CHILD, str(folder)], ids.astype("<i4").tobytes())
     if status or len(out) != logits.nbytes:
         lines = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
-        return {"reason": f"transformers failed ({lines[-1] if lines else 'no message':.120})"}
+        last = lines[-1].strip() if lines else f"no answer in {TIMEOUT} s"
+        return {"reason": f"transformers failed ({last:.120})"}
     theirs = np.frombuffer(out, dtype="<f4").reshape(logits.shape)
     return {
         "max_difference": float(np.abs(theirs - logits).max()),
@@ -91,31 +92,43 @@ def reference_difference(
     }
 
 
+def missing_packages() -> list[str]:
+    """Return what a reference run would need and is not there; imports nothing."""
+    return [n for n in ("transformers", "torch") if importlib.util.find_spec(n) is None]
+
+
 def _run(command: Sequence[str], data: bytes) -> tuple[int, bytes, bytes]:
-    """Run a child outside of the terminal's group; it does not outlive this call."""
+    """Run a child outside of the terminal's group; it does not outlive this call.
+
+    Files instead of pipes: nothing to read while it runs, so an interrupt ends both at once.
+    """
     quiet = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **quiet},
-        start_new_session=True,
-    ) as child:
+    with TemporaryFile() as stdin, TemporaryFile() as stdout, TemporaryFile() as stderr:
+        stdin.write(data)
+        stdin.seek(0)
+        child = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env={**os.environ, **quiet},
+            start_new_session=True,
+        )
         try:
-            out, err = child.communicate(data, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            return 1, b"", f"no answer in {TIMEOUT} s".encode()
-        except BaseException:
-            child.kill()
-            raise
-        return child.returncode, out, err
+            latest = time.monotonic() + TIMEOUT
+            while child.poll() is None and time.monotonic() < latest:
+                time.sleep(0.02)
+        finally:
+            child.kill()  # does nothing to one that has ended
+            status = child.wait()
+        stdout.seek(0)
+        stderr.seek(0)
+        return status, stdout.read(), stderr.read()
 
 
 def _version(name: str) -> str | None:

@@ -262,6 +262,9 @@ def short_names(family: Family, file: Checkpoint) -> dict[str, str]:
     return found
 
 
+DRAW = 1 << 20  # entries drawn by one call
+
+
 def draw(family: Family, config: Config, seed: int) -> dict[str, F32]:
     """Random parameters as the family initialises them, each addressed by seed and name."""
     wanted = dict(parameters(family, config))
@@ -277,8 +280,13 @@ def draw(family: Family, config: Config, seed: int) -> dict[str, F32]:
             values[name] = np.full(p.shape, p.mean, np.float32)
             continue
         random = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        values[name] = random.standard_normal(p.shape, np.float32)
-        values[name] *= np.float32(p.std)
+        drawn = np.empty(p.shape, np.float32)
+        flat = drawn.reshape(-1)
+        for start in range(0, flat.size, DRAW):  # short calls: Ctrl-C is heard between them
+            part = flat[start : start + DRAW]
+            random.standard_normal(part.shape, np.float32, part)
+            part *= np.float32(p.std)
+        values[name] = drawn
     return values
 
 

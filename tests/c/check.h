@@ -57,5 +57,6 @@ void sa_selftest_select(void);
 void sa_selftest_plan(void);
 void sa_selftest_attend(void);
 void sa_selftest_gemm(void);
+void sa_selftest_ops(void);
 
 #endif

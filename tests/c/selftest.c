@@ -29,6 +29,7 @@ static const struct {
     {"plan", sa_selftest_plan},
     {"attend", sa_selftest_attend},
     {"gemm", sa_selftest_gemm},
+    {"ops", sa_selftest_ops},
 };
 
 int

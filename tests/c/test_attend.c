@@ -5,6 +5,7 @@
 #include "base/alloc.h"
 #include "base/threads.h"
 #include "check.h"
+#include "engine/score.h"
 #include "reals.h"
 #include "trial.h"
 
@@ -90,6 +91,30 @@ pattern_shows(const drawing *d, const trial *t, int variant, int64_t i, int64_t 
     return true;
 }
 
+static double
+tolerance(const trial *t)
+{
+    /* |score| < 6 sqrt(dim): an error of eps |score| sqrt(dim) in the exponent, times |v| < 1 */
+    const double eps = t->p.q.dtype == SA_F64 ? 0x1p-52 : 0x1p-23;
+    return eps * (20 + 6 * (double)t->p.dim);
+}
+
+/* top-k: no key that row i dropped scores better than one that it kept. */
+static void
+check_best(const trial *t, int64_t b, int64_t h, int64_t i, const unsigned char *row)
+{
+    double worst = INFINITY, best = -INFINITY;
+    for (int64_t j = 0; j < t->p.n_k; j++) {
+        if (trial_visible(t, b, h, i, j)) {
+            const double score = trial_score(t, b, h, i, j);
+            worst = row[j] ? fmin(worst, score) : worst;
+            best = row[j] ? best : fmax(best, score);
+        }
+    }
+    CHECK(worst >= best - tolerance(t), "%s: row %d keeps %g and drops %g", trial_name(&t->shape),
+          (int)i, worst, best);
+}
+
 /* mask[n_q, n_k] of one head against the definition; selectors keep min(k, visible) visible keys.
  */
 static void
@@ -110,18 +135,13 @@ check_mask(const trial *t, const drawing *d, int variant, int64_t b, int64_t h,
         }
         CHECK(d->k < 0 || kept == SA_MIN(d->k, visible), "%s, %s: row %d keeps %d of %d",
               variants[variant], trial_name(&t->shape), (int)i, (int)kept, (int)visible);
+        if (variant == 3) {
+            check_best(t, b, h, i, mask + i * t->p.n_k);
+        }
     }
 }
 
 /* ---- attention given the plan ---- */
-
-static double
-tolerance(const trial *t)
-{
-    /* |score| < 6 sqrt(dim): an error of eps |score| sqrt(dim) in the exponent, times |v| < 1 */
-    const double eps = t->p.q.dtype == SA_F64 ? 0x1p-52 : 0x1p-23;
-    return eps * (20 + 6 * (double)t->p.dim);
-}
 
 static void
 check_output(const trial *t, sa_view out, sa_view lse, int64_t b, int64_t h,
@@ -298,6 +318,108 @@ check_parts(void)
     sa_ctx_release(ctx);
 }
 
+/* The keys cut into two plans, attended apart, merged: the whole. */
+static void
+check_merge(sa_dtype dtype)
+{
+    trial_shape s = {.dtype = dtype,
+                     .batch = 2,
+                     .heads = 2,
+                     .kv_heads = 1,
+                     .n_q = 70,
+                     .n_k = 70,
+                     .dim = 16,
+                     .dim_v = 20,
+                     .scale = 0.3,
+                     .mask = true};
+    sa_ctx *ctx = sa_ctx_acquire();
+    trial t = trial_make(ctx, &s);
+    sa_view outs[3], lses[3];
+    unsigned char *bits = t.p.mask.data, *whole = sa_malloc((size_t)(4 * s.n_q * s.n_k));
+    memcpy(whole, bits, (size_t)(4 * s.n_q * s.n_k));
+    for (int part = 0; part < 3;
+         part++) { /* two halves of the keys, some rows with an empty one; then the whole */
+        sa_plan *plan = NULL;
+        for (int64_t at = 0; at < 4 * s.n_q * s.n_k; at++) {
+            const bool second = at % s.n_k >= at / s.n_k % (s.n_k + 1);
+            bits[at] = whole[at] && (part == 2 || second == part);
+        }
+        outs[part] = trial_output(&t, s.dim_v);
+        lses[part] = trial_output(&t, 1);
+        CHECK(sa_plan_from_mask(ctx, &t.p, &plan) == SA_OK, "%s", ctx->message);
+        run(&t, plan, outs[part], lses[part], 2);
+        sa_plan_free(plan);
+    }
+    sa_view out = trial_output(&t, s.dim_v), lse = trial_output(&t, 1);
+    CHECK(sa_merge(ctx, out, lse, outs, lses, 2) == SA_OK, "%s", ctx->message);
+    for (int64_t row = 0; row < 4 * s.n_q; row++) {
+        const double want = trial_get(lses[2], 0, 0, row, 0), got = trial_get(lse, 0, 0, row, 0);
+        CHECK(check_near(got, want, tolerance(&t) * 4), "lse of row %d: %g, not %g", (int)row, got,
+              want);
+        for (int64_t c = 0; c < s.dim_v; c++) {
+            const double x = trial_get(out, 0, 0, row, c), y = trial_get(outs[2], 0, 0, row, c);
+            CHECK(check_near(x, y, tolerance(&t) * 2), "row %d, column %d: %g, not %g", (int)row,
+                  (int)c, x, y);
+        }
+    }
+    for (int part = 0; part < 3; part++) {
+        sa_free(outs[part].data);
+        sa_free(lses[part].data);
+    }
+    sa_free(out.data);
+    sa_free(lse.data);
+    sa_free(whole);
+    trial_free(&t);
+    sa_ctx_release(ctx);
+}
+
+/* A rectangle of scores, with -inf where a mask hides the pair, whatever stands there. */
+static void
+check_score_rows(sa_dtype dtype)
+{
+    trial_shape s = {.dtype = dtype,
+                     .batch = 2,
+                     .heads = 4,
+                     .kv_heads = 2,
+                     .n_q = 30,
+                     .n_k = 140,
+                     .dim = 20,
+                     .dim_v = 1,
+                     .scale = 0.4,
+                     .softcap = 2,
+                     .mask = true,
+                     .bias = true,
+                     .key_mask = true};
+    const int64_t i0 = 3, i1 = 27, j0 = 5, j1 = 138, ld = j1 - j0 + 2;
+    sa_ctx *ctx = sa_ctx_acquire();
+    trial t = trial_make(ctx, &s);
+    for (int64_t j = 0; j < s.n_k; j++) { /* a padded key is not read for its value */
+        if (((unsigned char *)t.p.key_mask.data)[j] == 0) {
+            trial_put(t.p.k, 0, 1, j, 0, NAN);
+        }
+    }
+    CHECK(sa_scratch_reserve(ctx, sa_score_rows_scratch(&t.p, i1 - i0)) == SA_OK, "%s",
+          ctx->message);
+    const size_t bytes = (size_t)((i1 - i0) * ld) * sa_dtype_size(dtype),
+                 used = sa_scratch(ctx, 0)->used;
+    sa_view out = {sa_malloc(bytes), dtype, {1, 1, i1 - i0, j1 - j0}, {0, 0, ld, 1}};
+    CHECK(sa_score_rows(ctx, 0, &t.p, 0, 3, i0, i1, j0, j1, out.data, ld) == SA_OK, "%s",
+          ctx->message);
+    CHECK(sa_scratch(ctx, 0)->used == used, "scratch is not given back");
+    for (int64_t i = i0; i < i1; i++) {
+        for (int64_t j = j0; j < j1; j++) {
+            const double want =
+                trial_visible(&t, 0, 3, i, j) ? trial_score(&t, 0, 3, i, j) : -INFINITY;
+            const double got = trial_get(out, 0, 0, i - i0, j - j0);
+            CHECK(check_near(got, want, tolerance(&t)), "(%d, %d): %g, not %g", (int)i, (int)j, got,
+                  want);
+        }
+    }
+    sa_free(out.data);
+    trial_free(&t);
+    sa_ctx_release(ctx);
+}
+
 /* Every allocation of a call fails in turn: SA_ENOMEM, and nothing is kept. */
 static void
 check_memory(int variant)
@@ -373,6 +495,12 @@ check_isa(const char *isa)
     }
     check_case("two plans in one call, %s", isa);
     check_parts();
+    check_case("halves merged, %s", isa);
+    check_merge(SA_F32);
+    check_merge(SA_F64);
+    check_case("rectangles of scores, %s", isa);
+    check_score_rows(SA_F32);
+    check_score_rows(SA_F64);
 }
 
 void

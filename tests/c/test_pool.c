@@ -174,6 +174,33 @@ check_slots(void)
     sa_ctx_release(ctx);
 }
 
+static sa_status
+do_nothing(sa_ctx *ctx, void *arg, int64_t task, int worker)
+{
+    (void)ctx;
+    (void)arg;
+    (void)task;
+    (void)worker;
+    return SA_OK;
+}
+
+/* A worker that is late for a wide region may find a narrow one open, where it has no scratch. */
+static void
+check_late_workers(void)
+{
+    check_case("a worker late for one region leaves the next alone");
+    sa_num_threads_set(2);
+    sa_ctx *narrow = sa_ctx_acquire(), *wide = sa_ctx_acquire();
+    CHECK(sa_scratch_reserve(narrow, 4096) == SA_OK, "reserve");
+    sa_num_threads_set(16);
+    for (int round = 0; round < 300; round++) {
+        CHECK(sa_parallel(wide, 16, do_nothing, NULL) == SA_OK, "status");
+        CHECK(sa_parallel(narrow, 200, take_scratch, NULL) == SA_OK, "%s", narrow->message);
+    }
+    sa_ctx_release(narrow);
+    sa_ctx_release(wide);
+}
+
 /* ---- failures ---- */
 
 static atomic_int ran;
@@ -453,6 +480,7 @@ sa_selftest_pool(void)
     check_once();
     check_all_take_part();
     check_slots();
+    check_late_workers();
     check_failure();
     check_stop();
     check_nesting();

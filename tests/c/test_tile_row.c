@@ -1,5 +1,5 @@
-/* test_tile_row.c - the row functions of every table against double loops: dots, softmax of one
- * row, products, score terms, thresholds. */
+/* test_tile_row.c - the row functions of every table against double loops:
+ * dots, softmax of one row, products, score terms, thresholds. */
 #include <math.h>
 
 #include "base/alloc.h"
@@ -44,13 +44,15 @@ check_axpys(const sa_tile *t)
             real_rows v = rows_random(t, sizes[n], dim, 1);
             void *p = real_random(t, v.n, 1), *o = real_random(t, dim, 1),
                  *old = real_copy(t, o, dim);
+            void *seen = numbers_below(4) ? real_random(t, v.n, 1) : NULL;
             for (int j = 0; j < v.n; j++) {
-                if (numbers_below(3) == 0) { /* without weight a row is not read */
+                if (seen != NULL && numbers_below(3) == 0) { /* an unseen row is not read */
                     real_put(t, p, j, 0);
+                    real_put(t, seen, j, -INFINITY);
                     real_put(t, v.row[j], numbers_below(dim), numbers_below(2) ? NAN : -INFINITY);
                 }
             }
-            t->axpys(o, p, (const void *const *)v.row, v.n, dim);
+            t->axpys(o, p, seen, (const void *const *)v.row, v.n, dim);
             for (int c = 0; c < dim; c++) {
                 double sum = real_get(t, old, c), size = fabs(sum);
                 for (int j = 0; j < v.n; j++) {
@@ -65,15 +67,38 @@ check_axpys(const sa_tile *t)
             }
             rows_free(&v);
             sa_free(p);
+            sa_free(seen);
             sa_free(o);
             sa_free(old);
         }
     }
 }
 
+/* A weight that underflowed still counts: 0 NaN is NaN. */
+static void
+check_axpys_nan(const sa_tile *t)
+{
+    for (int d = 0; d < N_SIZES; d++) {
+        const int dim = sizes[d], at = (int)numbers_below(dim);
+        real_rows v = rows_random(t, 3, dim, 1);
+        void *p = real_random(t, 3, 1), *o = real_random(t, dim, 1), *seen = real_random(t, 3, 1);
+        real_put(t, p, 1, 0);
+        real_put(t, v.row[1], at, NAN);
+        t->axpys(o, p, numbers_below(2) ? seen : NULL, (const void *const *)v.row, 3, dim);
+        for (int c = 0; c < dim; c++) {
+            CHECK(isnan(real_get(t, o, c)) == (c == at), "column %d is %g", c, real_get(t, o, c));
+        }
+        rows_free(&v);
+        sa_free(p);
+        sa_free(o);
+        sa_free(seen);
+    }
+}
+
 /* ---- softmax of one row ---- */
 
-/* kind 0: nothing seen before; 1: nothing seen now; 2: neither; 3: far above the old maximum. */
+/* kind 0: nothing seen before; 1: nothing seen now; 2: neither; 3: far above
+ * the old maximum. */
 static void
 fold_row_once(const sa_tile *t, int n, int dim, int kind)
 {
@@ -348,11 +373,17 @@ check_table(const sa_tile *t)
     static const struct {
         const char *name;
         void (*run)(const sa_tile *t);
-    } parts[] = {
-        {"dots", check_dots},     {"axpys", check_axpys},     {"fold_row", check_fold_row},
-        {"join_row", check_join}, {"finish", check_finish},   {"softcap and add_term", check_terms},
-        {"finite", check_finite}, {"product", check_product}, {"thresholds", check_thresholds},
-        {"fma_peak", check_peak}};
+    } parts[] = {{"dots", check_dots},
+                 {"axpys", check_axpys},
+                 {"axpys of NaN", check_axpys_nan},
+                 {"fold_row", check_fold_row},
+                 {"join_row", check_join},
+                 {"finish", check_finish},
+                 {"softcap and add_term", check_terms},
+                 {"finite", check_finite},
+                 {"product", check_product},
+                 {"thresholds", check_thresholds},
+                 {"fma_peak", check_peak}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         check_case("%s: %s", table_name(t), parts[i].name);
         parts[i].run(t);

@@ -1,5 +1,5 @@
-/* test_tile_strip.c - the strip functions of every table against double loops: scores, softmax,
- * values. */
+/* test_tile_strip.c - the strip functions of every table against double loops:
+ * scores, softmax, values. */
 #include <math.h>
 
 #include "base/alloc.h"
@@ -10,8 +10,8 @@ static const int dims[] = {1, 2, 3, 7, 16, 33, 64, 80, 129};
 static const int key_counts[] = {1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 24, 31, 63, 64};
 enum { N_DIMS = sizeof dims / sizeof *dims, N_KEYS = sizeof key_counts / sizeof *key_counts };
 
-/* A strip of `wide` queries in columns w apart, and n_keys keys; w > wide leaves columns that
- * nobody may touch. */
+/* A strip of `wide` queries in columns w apart, and n_keys keys; w > wide
+ * leaves columns that nobody may touch. */
 typedef struct {
     const sa_tile *t;
     int w, wide, n_keys, dim;
@@ -95,7 +95,8 @@ check_scores(const sa_tile *t, const strip *s)
 
 /* ---- scores_exp ---- */
 
-/* Intervals such that some rows see nothing, some everything; first is not 0. */
+/* Intervals such that some rows see nothing, some everything; first is not 0.
+ */
 static sa_clip
 make_clip(int32_t *lo, int32_t *hi, int wide, int n_keys)
 {
@@ -221,7 +222,8 @@ typedef struct {
     void *s, *m, *l, *o;
 } softmax;
 
-/* Rows of four kinds: ordinary, nothing seen before, nothing seen now, far above the old maximum.
+/* Rows of four kinds: ordinary, nothing seen before, nothing seen now, far
+ * above the old maximum.
  */
 static softmax
 make_softmax(const strip *s, int dim_v)
@@ -268,8 +270,8 @@ free_softmax(softmax *x)
     sa_free(x->o);
 }
 
-/* Row r after the fold: the maximum is fresh enough, a row that was not raised keeps its bits, and
- * l, o and s stand relative to the new maximum. */
+/* Row r after the fold: the maximum is fresh enough, a row that was not raised
+ * keeps its bits, and l, o and s stand relative to the new maximum. */
 static void
 check_fold_row(const strip *s, const softmax *old, const softmax *x, int r, int dim_v)
 {
@@ -331,14 +333,17 @@ check_values(const sa_tile *t, const strip *s)
     real_rows v = rows_random(t, s->n_keys, dim_v, 1);
     void *p = real_random(t, (int64_t)s->n_keys * s->w, 1),
          *o = real_random(t, (int64_t)dim_v * s->w, 1);
+    void *seen = real_random(t, (int64_t)s->n_keys * s->w, 1);
     for (int64_t i = 0; i < (int64_t)s->n_keys * s->w; i++) {
-        real_put(t, p, i, numbers_below(4) ? fabs(real_get(t, p, i)) : 0);
+        const int kind = (int)numbers_below(6); /* 0: unseen; 1: a weight that underflowed */
+        real_put(t, p, i, kind > 1 ? fabs(real_get(t, p, i)) : 0);
+        real_put(t, seen, i, kind > 0 ? real_get(t, seen, i) : -INFINITY);
     }
     void *old = real_copy(t, o, (int64_t)dim_v * s->w),
          *chosen = real_copy(t, o, (int64_t)dim_v * s->w);
     const void *const *row = (const void *const *)v.row;
     t->values(o, p, s->w, s->wide, row, s->n_keys, dim_v);
-    t->values_select(chosen, p, s->w, s->wide, row, s->n_keys, dim_v);
+    t->values_select(chosen, p, seen, s->w, s->wide, row, s->n_keys, dim_v);
     for (int c = 0; c < dim_v; c++) {
         for (int r = 0; r < s->w; r++) {
             const int64_t at = (int64_t)c * s->w + r;
@@ -355,14 +360,15 @@ check_values(const sa_tile *t, const strip *s)
         }
     }
 
-    /* a value that is not finite reaches the rows that give it weight, and no bit of any other */
+    /* a value that is not finite reaches the rows that see it, and no bit of any
+     * other */
     const int bad = (int)numbers_below(s->n_keys), at = (int)numbers_below(dim_v);
     real_put(t, v.row[bad], at, numbers_below(2) ? NAN : INFINITY);
-    t->values_select(old, p, s->w, s->wide, row, s->n_keys, dim_v);
+    t->values_select(old, p, seen, s->w, s->wide, row, s->n_keys, dim_v);
     for (int c = 0; c < dim_v; c++) {
         for (int r = 0; r < s->wide; r++) {
             const int64_t i = (int64_t)c * s->w + r;
-            if (c == at && real_get(t, p, (int64_t)bad * s->w + r) != 0) {
+            if (c == at && real_get(t, seen, (int64_t)bad * s->w + r) != -INFINITY) {
                 CHECK(!isfinite(real_get(t, old, i)), "(%d, %d) is finite", c, r);
             } else {
                 CHECK(real_same(t, old, chosen, i), "(%d, %d) changed", c, r);
@@ -371,6 +377,7 @@ check_values(const sa_tile *t, const strip *s)
     }
     rows_free(&v);
     sa_free(p);
+    sa_free(seen);
     sa_free(o);
     sa_free(old);
     sa_free(chosen);

@@ -170,6 +170,20 @@ trial_output(const trial *t, int64_t columns)
     return make_view(t->p.q.dtype, t->p.batch, t->p.heads, t->p.n_q, columns, false, &memory);
 }
 
+double
+trial_score(const trial *t, int64_t b, int64_t h, int64_t i, int64_t j)
+{
+    const sa_problem *p = &t->p;
+    const int64_t g = h * p->kv_heads / p->heads;
+    double s = 0;
+    for (int64_t c = 0; c < p->dim; c++) {
+        s += trial_get(p->q, b, h, i, c) * trial_get(p->k, b, g, j, c);
+    }
+    s *= p->scale;
+    s = p->softcap > 0 ? p->softcap * tanh(s / p->softcap) : s;
+    return s + (p->bias.data != NULL ? trial_get(p->bias, b, h, i, j) : 0);
+}
+
 void
 trial_naive(const trial *t, int64_t b, int64_t h, int64_t i, const unsigned char *seen, double *out,
             double *lse)
@@ -179,13 +193,7 @@ trial_naive(const trial *t, int64_t b, int64_t h, int64_t i, const unsigned char
     double *s = sa_malloc_array((size_t)p->n_k, sizeof *s), top = -INFINITY, sum = 0;
     for (int64_t j = 0; j < p->n_k; j++) {
         if (seen[j]) {
-            s[j] = 0;
-            for (int64_t c = 0; c < p->dim; c++) {
-                s[j] += trial_get(p->q, b, h, i, c) * trial_get(p->k, b, g, j, c);
-            }
-            s[j] *= p->scale;
-            s[j] = p->softcap > 0 ? p->softcap * tanh(s[j] / p->softcap) : s[j];
-            s[j] += p->bias.data != NULL ? trial_get(p->bias, b, h, i, j) : 0;
+            s[j] = trial_score(t, b, h, i, j);
             top = fmax(top, s[j]);
         }
     }

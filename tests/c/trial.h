@@ -38,6 +38,9 @@ bool trial_mask(const trial *t, int64_t b, int64_t h, int64_t i, int64_t j); /* 
 /* A contiguous array of the problem's outputs: out (dim_v columns) or lse (1 column). */
 sa_view trial_output(const trial *t, int64_t columns);
 
+/* softcap(scale q_i.k_j) + bias in double. */
+double trial_score(const trial *t, int64_t b, int64_t h, int64_t i, int64_t j);
+
 /* Two loops in double: out[dim_v] and lse of row i over the keys with seen[j] != 0. */
 void trial_naive(const trial *t, int64_t b, int64_t h, int64_t i, const unsigned char *seen,
                  double *out, double *lse);

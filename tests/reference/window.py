@@ -16,7 +16,7 @@ def pattern(
     columns: tuple[int, ...] = (),
     offset: int = 0,
 ) -> np.ndarray:
-    """p - left <= j <= p + right with p = i + offset, or j < sinks, or j in columns; -1: no bound."""
+    """p - left <= j <= p + right, p = i + offset; or j < sinks; or j in columns. -1: no bound."""
     i = np.arange(n_q)[:, None] + offset
     j = np.arange(n_k)[None]
     inside = np.ones((n_q, n_k), bool)
