@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Builds the core without Python together with tests/c and runs it. Without CFLAGS: once as released, once
-# under AddressSanitizer and UBSan; with CFLAGS: once with those. CC and JOBS are read, too.
+# Builds the core without Python together with tests/c and runs it: once as released and once under
+# AddressSanitizer and UBSan, or once with CFLAGS where it is set. CC (gcc) and JOBS (all CPUs) are read.
+#   CC=clang .ci/selftest.sh
+#   CFLAGS="-O1 -g -fsanitize=thread" .ci/selftest.sh
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,6 +11,8 @@ trap 'rm -rf "$work"' EXIT
 cd "$root"
 
 export CC=${CC:-gcc}
+export UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
+export TSAN_OPTIONS=${TSAN_OPTIONS:-die_after_fork=0} # children start threads
 jobs=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 always="-std=c11 -ffp-contract=fast -fvisibility=hidden -fno-math-errno -fno-trapping-math
     -Wall -Wextra -Werror -Icsrc -Itests/c"
@@ -25,8 +29,7 @@ run() {
         xargs -0 -P "$jobs" -I{} bash -c '$CC $flags -c {} -o "$objects/$(echo {} | tr / _).o"'
     # shellcheck disable=SC2086 # flags are words
     $CC $flags "$objects"/*.o -o "$objects/selftest" -lpthread -lm -ldl
-    ASAN_OPTIONS=${ASAN_OPTIONS:-halt_on_error=1} UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1} \
-        "$objects/selftest" | tee "$objects/output"
+    "$objects/selftest" | tee "$objects/output"
     line=$(tail -n 1 "$objects/output")
     [[ $line =~ ^([0-9]+)\ passed,\ 0\ failed$ ]]
     passed=$((passed + BASH_REMATCH[1]))

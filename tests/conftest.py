@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reference import attention as ref
 
 import sparseattn as sa
 from sparseattn import _core
@@ -126,6 +127,7 @@ SHAPES = [
     (2, 2, 2, 70, 9, 16, 7),
     (12, 4, 2, 1, 257, 40, 33),
 ]
+MIDDLE = (2, 6, 2, 65, 131, 40, 24)
 shape_ids = ["x".join(map(str, shape)) for shape in SHAPES]
 
 
@@ -240,3 +242,16 @@ def full_row(spec: Variant, heads: int) -> np.ndarray:
     """Per head: weights are normalised over the full row (selection after the softmax)."""
     specs = spec.specs if isinstance(spec, sa.PerHead) else [spec] * heads
     return np.array([getattr(one, "placement", "pre") == "post" for one in specs])
+
+
+def expected_rows(
+    spec: Variant, q: Any, k: Any, call: dict[str, Any], **terms: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The keys kept by the plan, and those of the normaliser where they are others."""
+    kept = sa.plan(q, k, spec, **call, **terms).to_mask()
+    post = full_row(spec, q.shape[1])
+    if not post.any():
+        return kept, None
+    masks = {name: call[name] for name in ("causal", "mask", "key_mask") if name in call}
+    see = ref.visible(*kept.shape, **masks)
+    return kept, np.where(post[:, None, None], see, kept)

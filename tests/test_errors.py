@@ -6,6 +6,7 @@ import inspect
 import traceback
 from typing import Any
 
+import conftest
 import numpy as np
 import pytest
 
@@ -226,6 +227,18 @@ def test_attributes_that_are_not_there() -> None:
     with pytest.raises(AttributeError, match="flash_attention"):
         _ = sa.flash_attention
     assert {"Model", "compare", "plots"} <= set(dir(sa))
+
+
+def test_a_missing_part_skips_but_not_where_all_is_required(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conftest, "REQUIRE_ALL", False)
+    with pytest.raises(pytest.skip.Exception, match="no_such_module"):
+        conftest.requires("no_such_module")
+    monkeypatch.setattr(conftest, "REQUIRE_ALL", True)
+    with pytest.raises(pytest.fail.Exception, match="no_such_module"):
+        conftest.requires("no_such_module")
+    assert conftest.requires("json").dumps(1) == "1"
 
 
 def test_what_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,7 @@ def test_a_row_stands_alone_on_tiles(dtype: Any, isa: str, tiles: None) -> None:
     assert np.array_equal(linear(x, w[:, 40:77], bias[40:77]), whole[:, 40:77])
     turned = np.ascontiguousarray(w.T)
     assert np.array_equal(linear(x, turned, bias, True), whole)
+    assert np.array_equal(linear(x[7:8], turned, bias, True), whole[7:8])
 
 
 def test_later_rows_change_no_earlier_bit(engine: str) -> None:

@@ -211,13 +211,13 @@ serve(void *arg)
     place_self(&me->where);
     for (;;) {
         seen = await_call(me, seen);
+        place_free(&me->where);
         if (enter()) {
             if (me->slot < pool.now.threads) {
                 work(me->slot);
             }
             leave();
         }
-        place_free(&me->where);
     }
     return NULL;
 }

@@ -136,7 +136,7 @@ place_elsewhere(placement *p)
     }
 }
 
-/* The thread itself, when its work is done. */
+/* The thread itself, once it is awake in its place. */
 static void
 place_free(placement *p)
 {

@@ -65,9 +65,9 @@ typedef struct sa_tile {
     /* o[c * w + r] += sum_j p[j * w + r] v_row[j][c] */
     void (*values)(void *o, const void *p, int w, int wide, const void *const *v_row, int n_keys,
                    int dim_v);
-    /* The same, but lanes that do not see key j, seen[j * w + r] = -inf (the scores before the
-     * fold), are left alone whatever v holds. A weight that underflowed still counts: 0 NaN is NaN.
-     * Same order, same bits where v is finite, but for the sign of a zero. */
+    /* The same, but whatever v holds is nothing to a lane that does not see key j: where p is 0 and
+     * seen[j * w + r], the score before the fold, is -inf. A weight that underflowed still counts:
+     * 0 NaN is NaN. Same bits where v is finite, but for the sign of a zero. */
     void (*values_select)(void *o, const void *p, const void *seen, int w, int wide,
                           const void *const *v_row, int n_keys, int dim_v);
     /* s = cap tanh(s / cap), elementwise */

@@ -4,7 +4,8 @@
  * additions, not of n.
  */
 
-/* Channels c .. c + channels of all keys, for compile-time channels, vecs and select. */
+/* Channels c .. c + channels of all keys, for compile-time channels, vecs and select; with select,
+ * a value counts as 0 where `seen` is -inf. */
 SA_INLINE void
 value_tile(real *o, const int channels, const int vecs, const bool select, const real *p,
            const real *seen, int w, const void *const *v_row, int n_keys, int c)
@@ -33,8 +34,8 @@ value_tile(real *o, const int channels, const int vecs, const bool select, const
             const vreal value = vset(row[i]);
 #pragma GCC unroll 4
             for (int v = 0; v < vecs; v++) {
-                const vreal next = acc[i][v] + weight[v] * value;
-                acc[i][v] = select ? vselect(hidden[v], acc[i][v], next) : next;
+                /* The weight is 0 where hidden. Choosing between sums would cost Clang the FMA. */
+                acc[i][v] += weight[v] * (select ? vselect(hidden[v], vset(0), value) : value);
             }
         }
     }

@@ -5,16 +5,24 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Programs under these sanitizers differ a little: what they may not do is left out there. */
-#if defined(__SANITIZE_ADDRESS__)
-#define CHECK_ASAN 1
-#elif defined(__has_feature)
+/* What programs under a sanitizer may not do is left out there. */
+#ifdef __has_feature
 #if __has_feature(address_sanitizer)
 #define CHECK_ASAN 1
+#elif __has_feature(thread_sanitizer)
+#define CHECK_TSAN 1
 #endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#define CHECK_ASAN 1
+#elif defined(__SANITIZE_THREAD__)
+#define CHECK_TSAN 1
 #endif
 #ifndef CHECK_ASAN
 #define CHECK_ASAN 0
+#endif
+#ifndef CHECK_TSAN
+#define CHECK_TSAN 0
 #endif
 
 /* Begins a case and closes the one before; a case passes when no CHECK in it failed. */
