@@ -31,6 +31,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-wrapv",
     "-Wall",
     "-Wextra",
 ]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the core without Python together with tests/c and runs it: once as released and once under
-# AddressSanitizer and UBSan, or once with CFLAGS where it is set. CC (gcc) and JOBS (all CPUs) are read.
+# AddressSanitizer and UBSan, or once with CFLAGS where set. CC (gcc) and JOBS (all CPUs) are read.
 #   CC=clang .ci/selftest.sh
 #   CFLAGS="-O1 -g -fsanitize=thread" .ci/selftest.sh
 set -euo pipefail

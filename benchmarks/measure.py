@@ -15,6 +15,10 @@ from typing import Any
 HERE = pathlib.Path(__file__).resolve().parent
 
 
+# OpenBLAS is measured with the kernels that it chooses for this CPU by itself.
+OWN_CHOICE = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+
+
 class Worker:
     """A child process with a library and a thread count of its own."""
 
@@ -29,7 +33,9 @@ class Worker:
         environment = dict(
             os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), **(env or {})
         )
-        environment.pop("PYTHONPATH", None)
+        for name in OWN_CHOICE:
+            if name not in (env or {}):
+                environment.pop(name, None)
         self.child = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,

@@ -201,7 +201,7 @@ static sa_status
 run_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {
     const sa_attend_call *const call = arg;
-    sa_group g = {.ctx = ctx, .call = call, .piece = task % call->pieces};
+    sa_group g = {.ctx = ctx, .call = call, .piece = task % call->pieces, .worker = worker};
     int part = 0;
     task /= call->pieces;
     while (task >= call->cuts[part].tasks) {

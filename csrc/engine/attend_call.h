@@ -3,6 +3,7 @@
 #ifndef SA_ATTEND_CALL_H
 #define SA_ATTEND_CALL_H
 
+#include "base/threads.h"
 #include "engine/attend.h"
 #include "tile/tile.h"
 
@@ -74,7 +75,7 @@ typedef struct {
     sa_attend_scratch s;
     int64_t b, g, slot; /* batch, kv head, map * n_blocks + block */
     int64_t piece;
-    int n_rows;
+    int n_rows, worker;
     bool masked, terms;
 } sa_group;
 

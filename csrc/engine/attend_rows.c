@@ -60,7 +60,7 @@ sa_attend_rows(sa_group *g)
         t->fill(g->s.o, p->dim_v, 0.0);
         t->fill(g->s.l, 1, 0.0);
         t->fill(g->s.m, 1, -INFINITY);
-        while (!sa_stopped(g->ctx) && sa_cursor_next(&cursor, &tile)) {
+        while (!sa_stop_asked(g->ctx, g->worker) && sa_cursor_next(&cursor, &tile)) {
             int64_t a = 0, b = tile.n;
             if (tile.kind != SA_TILE_FULL) {
                 const bool band = tile.kind == SA_TILE_BAND;

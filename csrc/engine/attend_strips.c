@@ -53,15 +53,14 @@ strip_begin(const sa_group *g, int w, strip st)
     memset(st.warm, 0, (size_t)w);
 }
 
-/* Whether every vector of the columns has met keys before; from now on it has. Without a maximum to
- * be stale the exponentials would have to be done twice. */
+/* Whether every vector of the columns has met keys before. Without a maximum to be stale the
+ * exponentials would have to be done twice. */
 static bool
-warm_up(const sa_group *g, strip st, int r0, int wide)
+is_warm(const sa_group *g, strip st, int r0, int wide)
 {
     bool warm = true;
     for (int r = r0; r < r0 + wide; r += g->call->tile->lanes) {
         warm = warm && st.warm[r];
-        st.warm[r] = 1;
     }
     return warm;
 }
@@ -103,8 +102,16 @@ strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile 
     const sa_problem *const p = g->call->p;
     const sa_tile *const t = g->call->tile;
     const size_t off = (size_t)r0 * g->call->real_bytes;
-    const int n = x1 - x0, dim = (int)p->dim, dim_v = (int)p->dim_v;
+    const int dim = (int)p->dim, dim_v = (int)p->dim_v;
     const bool terms = g->terms || (g->masked && tile->kind != SA_TILE_FULL);
+    const bool plain = !terms && p->softcap == 0;
+    if (plain && x1 - x0 > SA_TILE_STEP && !is_warm(g, st, r0, wide)) {
+        /* A few keys give a maximum, and the others go the short way. */
+        strip_columns(g, w, st, r0, wide, tile, x0, x0 + SA_TILE_STEP, lo, hi);
+        x0 += SA_TILE_STEP;
+    }
+    const int n = x1 - x0;
+    const bool cold = !is_warm(g, st, r0, wide);
     const sa_clip see = {x0, lo != NULL ? lo + r0 : NULL, hi != NULL ? hi + r0 : NULL};
     const sa_clip *const clip = lo != NULL ? &see : NULL;
     bool whole = !terms && clip == NULL;
@@ -112,7 +119,10 @@ strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile 
         tile->v_finite = t->finite(tile->v_row, tile->n, dim_v);
     }
     whole = whole || tile->v_finite == 1;
-    if (!warm_up(g, st, r0, wide) || terms || p->softcap > 0 || !whole ||
+    for (int r = r0; r < r0 + wide; r += t->lanes) {
+        st.warm[r] = 1;
+    }
+    if (cold || !plain || !whole ||
         !t->scores_exp(g->s.s, st.qt + off, w, wide, tile->k_row + x0, n, dim, st.m + off,
                        st.l + off, clip)) {
         t->scores(g->s.s, st.qt + off, w, wide, tile->k_row + x0, n, dim);
@@ -234,6 +244,42 @@ in_place(const sa_view *v, int64_t dim, size_t real_bytes)
            (step == dim * (int64_t)real_bytes || step % 1024 != 0);
 }
 
+static void
+prefetch(const void *row, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch((const char *)row + at, 0, 2);
+    }
+}
+
+/* Asks for part x of n of a tile's rows. A window meets most of its keys for the first time, and so
+ * does the first block of a head: too many rows at once for the hardware to foresee. */
+static void
+prefetch_tile(const sa_group *g, const sa_key_tile *tile, int x, int n)
+{
+    const sa_problem *const p = g->call->p;
+    const size_t k_bytes = (size_t)p->dim * sa_dtype_size(p->k.dtype);
+    const size_t v_bytes = (size_t)p->dim_v * sa_dtype_size(p->v.dtype);
+    for (int j = x * tile->n / n; j < (x + 1) * tile->n / n; j++) {
+        prefetch(sa_view_row(p->k, g->b, g->g, tile->keys[j]), k_bytes);
+        prefetch(sa_view_row(p->v, g->b, g->g, tile->keys[j]), v_bytes);
+    }
+}
+
+/* The rows of q that a group starts with, and those of out that it ends with. */
+static void
+prefetch_queries(const sa_group *g)
+{
+    const sa_problem *const p = g->call->p;
+    for (int r = 0; r < g->n_rows; r++) {
+        const sa_query *const q = &g->s.query[r];
+        prefetch(sa_view_row(p->q, g->b, q->head, q->i),
+                 (size_t)p->dim * sa_dtype_size(p->q.dtype));
+        prefetch(sa_view_row(g->call->out, g->b, q->head, q->i),
+                 (size_t)p->dim_v * sa_dtype_size(g->call->out.dtype));
+    }
+}
+
 void
 sa_attend_strips(sa_group *g)
 {
@@ -242,20 +288,32 @@ sa_attend_strips(sa_group *g)
     const bool k_here = in_place(&p->k, p->dim, g->call->real_bytes);
     const bool v_here = in_place(&p->v, p->dim_v, g->call->real_bytes);
     sa_cursor cursor = sa_cursor_start(g);
-    sa_key_tile tile;
+    sa_key_tile tiles[2], *tile = &tiles[0], *next = &tiles[1];
+    prefetch_queries(g);
+    bool more = sa_cursor_next(&cursor, tile);
+    if (more) {
+        prefetch_tile(g, tile, 0, 1);
+    }
     for (int x = 0; x < n; x++) {
         strip_begin(g, w, strip_at(g, w, x));
     }
-    while (!sa_stopped(g->ctx) && sa_cursor_next(&cursor, &tile)) {
-        sa_tile_rows(g, &tile, k_here, v_here);
+    while (more && !sa_stop_asked(g->ctx, g->worker)) {
+        more = sa_cursor_next(&cursor, next);
+        sa_tile_rows(g, tile, k_here, v_here);
         for (int x = 0; x < n; x++) {
             const strip st = strip_at(g, w, x);
-            if (tile.kind == SA_TILE_FULL) {
-                strip_columns(g, w, st, 0, st.wide, &tile, 0, tile.n, NULL, NULL);
+            if (more) {
+                prefetch_tile(g, next, x, n);
+            }
+            if (tile->kind == SA_TILE_FULL) {
+                strip_columns(g, w, st, 0, st.wide, tile, 0, tile->n, NULL, NULL);
             } else {
-                strip_clipped(g, w, st, &tile);
+                strip_clipped(g, w, st, tile);
             }
         }
+        sa_key_tile *const done = tile;
+        tile = next;
+        next = done;
     }
     for (int x = 0; x < n; x++) {
         strip_end(g, w, strip_at(g, w, x));

@@ -1,4 +1,5 @@
-/* fields.h - field tables that describe option structs, so that the boundary needs no code per variant. */
+/* fields.h - field tables that describe option structs, so that the boundary needs no code per
+ * variant. */
 #ifndef SA_FIELDS_H
 #define SA_FIELDS_H
 
@@ -6,12 +7,12 @@
 #include <stdint.h>
 
 typedef enum {
-    SA_FIELD_I64,   /* int64_t in [min, max]                                         */
-    SA_FIELD_F64,   /* double in [min, max]                                          */
-    SA_FIELD_BOOL,  /* int32_t 0 or 1                                                */
-    SA_FIELD_ENUM,  /* int32_t index into words (NULL-terminated list)               */
-    SA_FIELD_I64S,  /* sa_ints: a short tuple, each in [min, max]                    */
-    SA_FIELD_ARRAY  /* sa_view of a bool array given through params, axes padded in front */
+    SA_FIELD_I64,  /* int64_t in [min, max]                                         */
+    SA_FIELD_F64,  /* double in [min, max]                                          */
+    SA_FIELD_BOOL, /* int32_t 0 or 1                                                */
+    SA_FIELD_ENUM, /* int32_t index into words (NULL-terminated list)               */
+    SA_FIELD_I64S, /* sa_ints: a short tuple, each in [min, max]                    */
+    SA_FIELD_ARRAY /* sa_view of a bool array given through params, axes padded in front */
 } sa_field_type;
 
 #define SA_INTS_MAX 64
@@ -20,7 +21,7 @@ typedef struct {
 } sa_ints;
 
 typedef struct {
-    const char *name;  /* the dataclass field; NULL ends the table */
+    const char *name; /* the dataclass field; NULL ends the table */
     sa_field_type type;
     size_t offset;
     double min, max;

@@ -29,7 +29,8 @@ static sa_status
 meet_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {
     meeting *const m = arg;
-    const long long here = atomic_fetch_add(&m->met, 1), all = here - here % m->n_tasks + m->n_tasks;
+    const long long here = atomic_fetch_add(&m->met, 1),
+                    all = here - here % m->n_tasks + m->n_tasks;
 
     (void)ctx, (void)task, (void)worker;
     for (int patience = 1 << 16; patience > 0 && atomic_load(&m->met) < all; patience--) {
@@ -159,7 +160,8 @@ py_bench_select(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     const double begin = seconds();
     for (int64_t r = 0; r < s.size[2]; r++) {
         const float *row = sa_view_row(s, 0, 0, r);
-        (quick ? sa_select_quick_f32 : sa_select_largest_f32)(row, s.size[3], count, index, scratch);
+        (quick ? sa_select_quick_f32 : sa_select_largest_f32)(row, s.size[3], count, index,
+                                                              scratch);
     }
     const double taken = seconds() - begin;
     py_call_attach(&call);
