@@ -116,7 +116,13 @@ common_divisor(int64_t a, int64_t b)
     return a;
 }
 
-/* Heads of a task share keys and map; token plans (one row a block) take 64 blocks a task. */
+enum {
+    MANY_TASKS = 192, /* enough for any number of threads to end together */
+    MOST_BLOCKS = 8,
+};
+
+/* Heads of a task share keys and map; token plans (one row a block) take 64 blocks a task. Of many
+ * blocks some neighbours go to one task, because they share keys. */
 static sa_cut
 cut_part(const sa_problem *p, const sa_part *part)
 {
@@ -125,6 +131,8 @@ cut_part(const sa_problem *p, const sa_part *part)
     c.heads = common_divisor(c.heads, common_divisor(part->head_begin, part->head_end));
     c.head_runs = (part->head_end - part->head_begin) / c.heads;
     c.blocks = SA_MAX(1, 64 / part->plan->rows_per_block);
+    const int64_t all = p->batch * c.head_runs * part->plan->n_blocks;
+    c.blocks *= SA_MAX(1, SA_MIN(MOST_BLOCKS, all / c.blocks / MANY_TASKS));
     c.block_runs = (part->plan->n_blocks + c.blocks - 1) / c.blocks;
     c.tasks = p->batch * c.head_runs * c.block_runs;
     return c;
@@ -177,7 +185,7 @@ query_of(const sa_plan *plan, int64_t b, int64_t map, int64_t head, int64_t i)
 /* All rows of one block for the heads [head, head + n): groups of as many strips as share a walk.
  */
 static void
-run_block(sa_group *g, int64_t map, int64_t block, int64_t head, int64_t n_heads)
+run_block(sa_group *g, int64_t map, int64_t block, bool last, int64_t head, int64_t n_heads)
 {
     const sa_plan *const plan = g->plan;
     const sa_tile *const t = g->call->tile;
@@ -186,6 +194,10 @@ run_block(sa_group *g, int64_t map, int64_t block, int64_t head, int64_t n_heads
     const int64_t rows = n_heads * (end - begin), most = (int64_t)t->strip_max * SA_GROUP_STRIPS;
     const bool few = rows <= t->lanes / 4;
     g->slot = map * plan->n_blocks + block;
+    g->head = head;
+    g->n_heads = n_heads;
+    g->next_begin = SA_MIN(end, plan->n_q);
+    g->next_end = last ? g->next_begin : SA_MIN(end + plan->rows_per_block, plan->n_q);
     for (int64_t first = 0; first < rows; first += most) {
         g->n_rows = (int)SA_MIN(most, rows - first);
         for (int r = 0; r < g->n_rows; r++) {
@@ -223,12 +235,12 @@ run_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
         return sa_fail(ctx, SA_EINTERNAL, "attend: the scratch reserved is too small");
     }
     const int64_t map = sa_plan_map(g.plan, g.b, head);
-    for (int64_t block = run * cut->blocks;
-         block < SA_MIN((run + 1) * cut->blocks, g.plan->n_blocks); block++) {
+    const int64_t end = SA_MIN((run + 1) * cut->blocks, g.plan->n_blocks);
+    for (int64_t block = run * cut->blocks; block < end; block++) {
         if (sa_stopped(ctx)) {
             break;
         }
-        run_block(&g, map, block, head, cut->heads);
+        run_block(&g, map, block, block + 1 == end, head, cut->heads);
     }
     return SA_OK;
 }

@@ -75,6 +75,7 @@ typedef struct {
     sa_attend_scratch s;
     int64_t b, g, slot; /* batch, kv head, map * n_blocks + block */
     int64_t piece;
+    int64_t head, n_heads, next_begin, next_end; /* query rows that this task takes next */
     int n_rows, worker;
     bool masked, terms;
 } sa_group;

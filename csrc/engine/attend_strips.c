@@ -5,6 +5,8 @@
 
 #include "engine/attend_call.h"
 
+enum { QUERIES_A_TILE = 16 }; /* rows of the next block asked for with a tile */
+
 typedef struct {
     int first, rows, wide; /* query rows of the strip; columns that hold them */
     char *qt, *o, *m, *l;
@@ -268,16 +270,25 @@ prefetch_tile(const sa_group *g, const sa_key_tile *tile, int x, int n)
 
 /* The rows of q that a group starts with, and those of out that it ends with. */
 static void
-prefetch_queries(const sa_group *g)
+prefetch_query(const sa_group *g, int64_t head, int64_t i)
 {
     const sa_problem *const p = g->call->p;
-    for (int r = 0; r < g->n_rows; r++) {
-        const sa_query *const q = &g->s.query[r];
-        prefetch(sa_view_row(p->q, g->b, q->head, q->i),
-                 (size_t)p->dim * sa_dtype_size(p->q.dtype));
-        prefetch(sa_view_row(g->call->out, g->b, q->head, q->i),
-                 (size_t)p->dim_v * sa_dtype_size(g->call->out.dtype));
+    prefetch(sa_view_row(p->q, g->b, head, i), (size_t)p->dim * sa_dtype_size(p->q.dtype));
+    prefetch(sa_view_row(g->call->out, g->b, head, i),
+             (size_t)p->dim_v * sa_dtype_size(g->call->out.dtype));
+}
+
+/* Some rows of the next block: a few with every tile of this one. */
+static int64_t
+prefetch_next(const sa_group *g, int64_t row)
+{
+    const int64_t end = SA_MIN(row + QUERIES_A_TILE, g->next_end);
+    for (; row < end; row++) {
+        for (int64_t h = g->head; h < g->head + g->n_heads; h++) {
+            prefetch_query(g, h, row);
+        }
     }
+    return row;
 }
 
 void
@@ -289,7 +300,7 @@ sa_attend_strips(sa_group *g)
     const bool v_here = in_place(&p->v, p->dim_v, g->call->real_bytes);
     sa_cursor cursor = sa_cursor_start(g);
     sa_key_tile tiles[2], *tile = &tiles[0], *next = &tiles[1];
-    prefetch_queries(g);
+    int64_t ahead = g->next_begin;
     bool more = sa_cursor_next(&cursor, tile);
     if (more) {
         prefetch_tile(g, tile, 0, 1);
@@ -299,6 +310,7 @@ sa_attend_strips(sa_group *g)
     }
     while (more && !sa_stop_asked(g->ctx, g->worker)) {
         more = sa_cursor_next(&cursor, next);
+        ahead = prefetch_next(g, ahead);
         sa_tile_rows(g, tile, k_here, v_here);
         for (int x = 0; x < n; x++) {
             const strip st = strip_at(g, w, x);
