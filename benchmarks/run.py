@@ -120,7 +120,7 @@ def main() -> int:
     if importlib.util.find_spec("torch") is None:
         names = [name for name in names if not name.startswith("torch")]
         print("rows against PyTorch are left out: torch is not installed")
-    print(sa.show_config())
+    sa.show_config()
     idle = idle_share()
     print(
         f"idle share of the CPUs before the run: {idle:.0%}"
