@@ -202,8 +202,8 @@ vexp_table(vreal d)
 }
 #endif
 
-/* exp(d) for d <= 40. float32: e^d = 2^n 2^r with n = round(d log2 e), a degree-5 polynomial for
- * 2^r (relative error 1.6e-7), 0 below -87.7; NaN stays NaN because 2^n is a factor. float64: libm,
+/* exp(d) for d <= 40. float32: e^d = 2^n 2^r with n = round(d log2 e), a degree-6 polynomial for
+ * 2^r (relative error 8e-8), 0 below -87.7; NaN stays NaN because 2^n is a factor. float64: libm,
  * lane by lane. */
 SA_INLINE vreal
 vexp(vreal d)
@@ -221,10 +221,11 @@ vexp(vreal d)
     d = vmax(vset(-88.0f), d);
     const vreal t = d * log2e + magic;
     const vreal r = d * log2e - (t - magic);
-    vreal p = r * vset(0.001326472731307149f) + vset(0.009671512991189957f);
-    p = p * r + vset(0.05550733581185341f);
-    p = p * r + vset(0.24022242426872253f);
-    p = p * r + vset(0.6931470036506653f);
+    vreal p = r * vset(0.00015353361959569156f) + vset(0.0013398875016719103f);
+    p = p * r + vset(0.00961843691766262f);
+    p = p * r + vset(0.055503323674201965f);
+    p = p * r + vset(0.24022647738456726f);
+    p = p * r + vset(0.6931471824645996f);
     p = p * r + vset(1.0f);
     return p * (vreal)((vint)t << 23);
 #endif
