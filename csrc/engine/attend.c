@@ -167,15 +167,16 @@ carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *s)
            take(arena, &s->lse, w * real);
 }
 
-static sa_query
-query_of(const sa_plan *plan, int64_t b, int64_t map, int64_t head, int64_t i)
+sa_query
+sa_group_query(const sa_group *g, int64_t head, int64_t i)
 {
+    const sa_plan *const plan = g->plan;
     sa_query q = {.head = head, .i = i};
-    const int64_t see = (plan->see_maps > 1 ? b : 0) * plan->n_q + i;
+    const int64_t see = (plan->see_maps > 1 ? g->b : 0) * plan->n_q + i;
     q.see_lo = q.band_lo = plan->see_lo[see];
     q.see_hi = q.band_hi = plan->see_hi[see];
     if (plan->band_lo != NULL) {
-        const int64_t band = (plan->band_maps > 1 ? map : 0) * plan->n_q + i;
+        const int64_t band = (plan->band_maps > 1 ? g->map : 0) * plan->n_q + i;
         q.band_lo = SA_MAX(q.see_lo, plan->band_lo[band]);
         q.band_hi = SA_MIN(q.see_hi, plan->band_hi[band]);
     }
@@ -185,7 +186,7 @@ query_of(const sa_plan *plan, int64_t b, int64_t map, int64_t head, int64_t i)
 /* All rows of one block for the heads [head, head + n): groups of as many strips as share a walk.
  */
 static void
-run_block(sa_group *g, int64_t map, int64_t block, bool last, int64_t head, int64_t n_heads)
+run_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_heads)
 {
     const sa_plan *const plan = g->plan;
     const sa_tile *const t = g->call->tile;
@@ -193,7 +194,7 @@ run_block(sa_group *g, int64_t map, int64_t block, bool last, int64_t head, int6
                   end = SA_MIN(begin + plan->rows_per_block, plan->n_q);
     const int64_t rows = n_heads * (end - begin), most = (int64_t)t->strip_max * SA_GROUP_STRIPS;
     const bool few = rows <= t->lanes / 4;
-    g->slot = map * plan->n_blocks + block;
+    g->slot = g->map * plan->n_blocks + block;
     g->head = head;
     g->n_heads = n_heads;
     g->next_begin = SA_MIN(end, plan->n_q);
@@ -203,7 +204,7 @@ run_block(sa_group *g, int64_t map, int64_t block, bool last, int64_t head, int6
         for (int r = 0; r < g->n_rows; r++) {
             const int64_t at = first + r;
             g->s.query[r] =
-                query_of(plan, g->b, map, head + at / (end - begin), begin + at % (end - begin));
+                sa_group_query(g, head + at / (end - begin), begin + at % (end - begin));
         }
         (few ? sa_attend_rows : sa_attend_strips)(g);
     }
@@ -234,13 +235,13 @@ run_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     if (g.s.lse == NULL) {
         return sa_fail(ctx, SA_EINTERNAL, "attend: the scratch reserved is too small");
     }
-    const int64_t map = sa_plan_map(g.plan, g.b, head);
+    g.map = sa_plan_map(g.plan, g.b, head);
     const int64_t end = SA_MIN((run + 1) * cut->blocks, g.plan->n_blocks);
     for (int64_t block = run * cut->blocks; block < end; block++) {
         if (sa_stopped(ctx)) {
             break;
         }
-        run_block(&g, map, block, block + 1 == end, head, cut->heads);
+        run_block(&g, block, block + 1 == end, head, cut->heads);
     }
     return SA_OK;
 }

@@ -73,13 +73,15 @@ typedef struct {
     const sa_attend_call *call;
     const sa_plan *plan;
     sa_attend_scratch s;
-    int64_t b, g, slot; /* batch, kv head, map * n_blocks + block */
+    int64_t b, g, map, slot; /* batch, kv head, map of the plan, map * n_blocks + block */
     int64_t piece;
     int64_t head, n_heads, next_begin, next_end; /* query rows that this task takes next */
     int n_rows, worker;
     bool masked, terms;
 } sa_group;
 
+/* Row i of a head, with what it sees. */
+sa_query sa_group_query(const sa_group *g, int64_t head, int64_t i);
 sa_cursor sa_cursor_start(const sa_group *g);
 bool sa_cursor_next(sa_cursor *c, sa_key_tile *tile);
 /* Fills k_row, v_row; copies rows to scratch where in_place is false. */

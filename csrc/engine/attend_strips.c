@@ -268,24 +268,23 @@ prefetch_tile(const sa_group *g, const sa_key_tile *tile, int x, int n)
     }
 }
 
-/* The rows of q that a group starts with, and those of out that it ends with. */
-static void
-prefetch_query(const sa_group *g, int64_t head, int64_t i)
-{
-    const sa_problem *const p = g->call->p;
-    prefetch(sa_view_row(p->q, g->b, head, i), (size_t)p->dim * sa_dtype_size(p->q.dtype));
-    prefetch(sa_view_row(g->call->out, g->b, head, i),
-             (size_t)p->dim_v * sa_dtype_size(g->call->out.dtype));
-}
-
-/* Some rows of the next block: a few with every tile of this one. */
+/* Some rows of the next block, a few with every tile of this one: of q and out, and the newest key
+ * that each row sees, which under causality no earlier block has read. */
 static int64_t
 prefetch_next(const sa_group *g, int64_t row)
 {
+    const sa_problem *const p = g->call->p;
+    const sa_view q = p->q, k = p->k, v = p->v, out = g->call->out;
     const int64_t end = SA_MIN(row + QUERIES_A_TILE, g->next_end);
     for (; row < end; row++) {
+        const int32_t key = sa_group_query(g, g->head, row).band_hi - 1;
+        if (key >= 0) {
+            prefetch(sa_view_row(k, g->b, g->g, key), (size_t)p->dim * sa_dtype_size(k.dtype));
+            prefetch(sa_view_row(v, g->b, g->g, key), (size_t)p->dim_v * sa_dtype_size(v.dtype));
+        }
         for (int64_t h = g->head; h < g->head + g->n_heads; h++) {
-            prefetch_query(g, h, row);
+            prefetch(sa_view_row(q, g->b, h, row), (size_t)p->dim * sa_dtype_size(q.dtype));
+            prefetch(sa_view_row(out, g->b, h, row), (size_t)p->dim_v * sa_dtype_size(out.dtype));
         }
     }
     return row;
