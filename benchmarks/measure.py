@@ -45,7 +45,7 @@ class Worker:
             cwd=os.environ.get("TMPDIR", "/tmp"),
         )
 
-    def ask(self, job: str, seconds: float = 0.03, forget: bool = False, **args: Any) -> float:
+    def ask(self, job: str, seconds: float = 0.1, forget: bool = False, **args: Any) -> float:
         """One measurement; raises RuntimeError with the worker's words."""
         assert self.child.stdin is not None and self.child.stdout is not None
         request = {"job": job, "args": args, "seconds": seconds, "forget": forget}
@@ -73,7 +73,7 @@ class Ask:
     worker: Worker
     job: str
     args: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.03
+    seconds: float = 0.1
 
     def __call__(self) -> float:
         return self.worker.ask(self.job, self.seconds, **self.args)

@@ -30,17 +30,17 @@ class Result:
 class Bench:
     """Workers started when first asked for, and the number of rounds."""
 
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
-        self.workers: dict[tuple[int, str, str], Worker] = {}
+    def __init__(self, rounds: int, core: str = "") -> None:
+        self.rounds, self.core = rounds, core
+        self.workers: dict[tuple[int, str], Worker] = {}
 
-    def worker(self, threads: int = 1, library: str = "sparseattn", core: str = "") -> Worker:
-        """One worker a library, thread count and OpenBLAS core."""
-        key = (threads, library, core)
+    def worker(self, threads: int = 1, library: str = "sparseattn") -> Worker:
+        """One worker a library and thread count."""
+        key = (threads, library)
         if key not in self.workers:
             env = {"OPENBLAS_NUM_THREADS": str(threads), "SPARSEATTN_NUM_THREADS": str(threads)}
-            if core:
-                env["OPENBLAS_CORETYPE"] = core
+            if self.core:
+                env["OPENBLAS_CORETYPE"] = self.core
             self.workers[key] = Worker(threads, library, env)
         return self.workers[key]
 
@@ -185,10 +185,8 @@ def torch_rows(bench: Bench) -> Iterator[Result]:
         for n, floor in floors.items():
             for causal in (False, True):
                 args = {"heads": 12 if n < 4096 else 4, "n": n, "dim": 64, "causal": causal}
-                asks = {"ours": Ask(bench.worker(threads), "ours_call", args, 0.05)}
-                asks |= {
-                    f"torch{i}": Ask(r, "torch_sdpa", args, 0.05) for i, r in enumerate(rivals)
-                }
+                asks = {"ours": Ask(bench.worker(threads), "ours_call", args)}
+                asks |= {f"torch{i}": Ask(r, "torch_sdpa", args) for i, r in enumerate(rivals)}
                 found = bench.run(asks, gap=0.02)
                 best = min(
                     (found[k] for k in found if k != "ours"), key=lambda x: sorted(x)[len(x) // 2]
@@ -202,14 +200,14 @@ def torch_sparse_rows(bench: Bench) -> Iterator[Result]:
     """Row 4c (prefill): PyTorch's own ways to a causal window of 256 at N = 8192."""
     args = {"heads": 12, "n": 8192, "dim": 64}
     two, rival = bench.worker(2), bench.worker(2, "torch")
-    ours = Ask(two, "ours_call", {**args, "causal": True, "spec": "window:256"}, 0.05)
+    ours = Ask(two, "ours_call", {**args, "causal": True, "spec": "window:256"})
     for job, words, floor in (
         ("torch_flex", "compiled FlexAttention", 3.5),
         ("torch_sdpa", "SDPA with a mask", 30.0),
     ):
         try:
             found = bench.run(
-                {"ours": ours, "torch": Ask(rival, job, {**args, "window": 256}, 0.05)}, gap=0.02
+                {"ours": ours, "torch": Ask(rival, job, {**args, "window": 256})}, gap=0.02
             )
         except RuntimeError as error:
             yield Result(

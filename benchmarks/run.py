@@ -84,9 +84,9 @@ def line(r: Result) -> str:
     )
 
 
-def table(names: list[str], rounds: int) -> list[Result]:
+def table(names: list[str], rounds: int, core: str) -> list[Result]:
     """Measures and prints row by row."""
-    bench = Bench(rounds)
+    bench = Bench(rounds, core)
     results: list[Result] = []
     try:
         for name in names:
@@ -108,6 +108,7 @@ def main() -> int:
         "--rows", default=",".join(ROWS), help=f"comma-separated: {', '.join(ROWS)}"
     )
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--core", default="", help="OpenBLAS's kernels for S (Haswell, ...)")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     import sparseattn as sa
@@ -126,7 +127,7 @@ def main() -> int:
         f"idle share of the CPUs before the run: {idle:.0%}"
         + ("  (below 93 %: figures are spoiled)" if idle < 0.93 else "")
     )
-    results = table(names, args.rounds)
+    results = table(names, args.rounds, args.core)
     if args.json:
         data: dict[str, Any] = {
             "idle": idle,
