@@ -45,10 +45,10 @@ class Worker:
             cwd=os.environ.get("TMPDIR", "/tmp"),
         )
 
-    def ask(self, job: str, seconds: float = 0.1, forget: bool = False, **args: Any) -> float:
+    def ask(self, job: str, seconds: float = 0.1, **args: Any) -> float:
         """One measurement; raises RuntimeError with the worker's words."""
         assert self.child.stdin is not None and self.child.stdout is not None
-        request = {"job": job, "args": args, "seconds": seconds, "forget": forget}
+        request = {"job": job, "args": args, "seconds": seconds}
         self.child.stdin.write(json.dumps(request) + "\n")
         self.child.stdin.flush()
         line = self.child.stdout.readline()

@@ -187,8 +187,6 @@ def main() -> None:
             answer = measure(request["job"], ready[key], request["seconds"])
         except Exception as error:  # the parent prints it beside the row
             answer = {"error": f"{type(error).__name__}: {error}"}
-        if request.get("forget"):
-            ready.clear()
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

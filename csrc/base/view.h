@@ -36,4 +36,16 @@ sa_view_row(sa_view v, int64_t a, int64_t b, int64_t c)
 #define SA_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define SA_MAX(a, b) ((a) > (b) ? (a) : (b))
 
+/* Greatest common divisor of counts. */
+static inline int64_t
+sa_common_divisor(int64_t a, int64_t b)
+{
+    while (b != 0) {
+        const int64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
+
 #endif

@@ -105,17 +105,6 @@ sa_lse_write(const sa_attend_call *call, int64_t b, const sa_query *q, const voi
     }
 }
 
-static int64_t
-common_divisor(int64_t a, int64_t b)
-{
-    while (b != 0) {
-        const int64_t rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a;
-}
-
 enum {
     MANY_TASKS = 192, /* enough for any number of threads to end together */
     MOST_BLOCKS = 8,
@@ -127,8 +116,8 @@ static sa_cut
 cut_part(const sa_problem *p, const sa_part *part)
 {
     sa_cut c;
-    c.heads = common_divisor(p->heads / p->kv_heads, part->plan->heads_per_map);
-    c.heads = common_divisor(c.heads, common_divisor(part->head_begin, part->head_end));
+    c.heads = sa_common_divisor(p->heads / p->kv_heads, part->plan->heads_per_map);
+    c.heads = sa_common_divisor(c.heads, sa_common_divisor(part->head_begin, part->head_end));
     c.head_runs = (part->head_end - part->head_begin) / c.heads;
     c.blocks = SA_MAX(1, 64 / part->plan->rows_per_block);
     const int64_t all = p->batch * c.head_runs * part->plan->n_blocks;

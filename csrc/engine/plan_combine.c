@@ -98,17 +98,6 @@ fill_sight(const sa_plan *a, const sa_plan *b, sa_plan_op op, sa_plan *plan)
     }
 }
 
-static int32_t
-common_divisor(int32_t x, int32_t y)
-{
-    while (y != 0) {
-        const int32_t rest = x % y;
-        x = y;
-        y = rest;
-    }
-    return x;
-}
-
 sa_status
 sa_plan_combine(sa_ctx *ctx, const sa_plan *a, const sa_plan *b, const sa_problem *p, sa_plan_op op,
                 sa_plan **result)
@@ -128,8 +117,9 @@ sa_plan_combine(sa_ctx *ctx, const sa_plan *a, const sa_plan *b, const sa_proble
         .batch = a->batch,
         .heads = a->heads,
         .rows_per_block = 1,
-        .heads_per_map =
-            mask && p->mask.stride[1] != 0 ? 1 : common_divisor(a->heads_per_map, b->heads_per_map),
+        .heads_per_map = mask && p->mask.stride[1] != 0
+                             ? 1
+                             : (int32_t)sa_common_divisor(a->heads_per_map, b->heads_per_map),
         .per_batch = a->per_batch || b->per_batch || a->see_maps > 1 || b->see_maps > 1 ||
                      (mask && p->mask.stride[0] != 0) || (keys && p->key_mask.stride[0] != 0),
         .see_maps = SA_MAX(a->see_maps, b->see_maps),
