@@ -11,8 +11,13 @@ from numpy.typing import NDArray
 
 _Array: TypeAlias = NDArray[Any]
 _Bool: TypeAlias = NDArray[np.bool_]
-# causal (0 none, 1 bottom-right, 2 top-left), scale, softcap, mask, bias, key_mask
-_Problem: TypeAlias = tuple[int, float, float, _Bool | None, _Array | None, _Bool | None]
+# causal (0 none, 1 bottom-right, 2 top-left), scale, softcap, mask, bias, key_mask; then perhaps
+# dropout_p, seed, sink
+_Six: TypeAlias = tuple[int, float, float, _Bool | None, _Array | None, _Bool | None]
+_Nine: TypeAlias = tuple[
+    int, float, float, _Bool | None, _Array | None, _Bool | None, float, int, _Array | None
+]
+_Problem: TypeAlias = _Six | _Nine
 _Parts: TypeAlias = "Plan | tuple[tuple[Plan, int, int], ...]"
 _Field: TypeAlias = tuple[str, str, float | None, float | None, tuple[str, ...] | None]
 

@@ -200,6 +200,41 @@ check_terms(sa_ctx *ctx, const sa_problem *p)
     return SA_OK;
 }
 
+static sa_status
+check_sink(sa_ctx *ctx, const sa_problem *p)
+{
+    const sa_view v = p->sink;
+    if (v.data == NULL) {
+        return SA_OK;
+    }
+    if (v.dtype != (sa_real_is_f64(p->q.dtype) ? SA_F64 : SA_F32)) {
+        return sa_fail(ctx, SA_ETYPE, "sink must be %s; convert it first",
+                       sa_real_is_f64(p->q.dtype) ? "float64 as q is" : "float32");
+    }
+    return check_size(ctx, "sink", v, 1, p->heads, "the number of heads of q");
+}
+
+static sa_status
+check_options(sa_ctx *ctx, const sa_problem *p)
+{
+    if (!isfinite(p->scale)) {
+        return sa_fail(ctx, SA_EINVAL,
+                       "scale must be finite, got %g; None stands for 1 / sqrt(dim)", p->scale);
+    }
+    if (!isfinite(p->softcap) || p->softcap < 0) {
+        return sa_fail(ctx, SA_EINVAL,
+                       "softcap must be finite and positive, or None for no cap; got %g",
+                       p->softcap);
+    }
+    if (!(p->dropout_p >= 0 && p->dropout_p < 1)) {
+        return sa_fail(ctx, SA_EINVAL, "dropout_p must be in [0, 1), got %g", p->dropout_p);
+    }
+    if (p->causal < SA_CAUSAL_NONE || p->causal > SA_CAUSAL_TOP_LEFT) {
+        return sa_fail(ctx, SA_EINVAL, "causal must be 0, 1 or 2, got %d", (int)p->causal);
+    }
+    return SA_OK;
+}
+
 sa_status
 sa_problem_check(sa_ctx *ctx, sa_problem *p)
 {
@@ -212,20 +247,6 @@ sa_problem_check(sa_ctx *ctx, sa_problem *p)
     sa_status status = check_q_and_k(ctx, p);
     status = status ? status : check_v(ctx, p);
     status = status ? status : check_terms(ctx, p);
-    if (status != SA_OK) {
-        return status;
-    }
-    if (!isfinite(p->scale)) {
-        return sa_fail(ctx, SA_EINVAL,
-                       "scale must be finite, got %g; None stands for 1 / sqrt(dim)", p->scale);
-    }
-    if (!isfinite(p->softcap) || p->softcap < 0) {
-        return sa_fail(ctx, SA_EINVAL,
-                       "softcap must be finite and positive, or None for no cap; got %g",
-                       p->softcap);
-    }
-    if (p->causal < SA_CAUSAL_NONE || p->causal > SA_CAUSAL_TOP_LEFT) {
-        return sa_fail(ctx, SA_EINVAL, "causal must be 0, 1 or 2, got %d", (int)p->causal);
-    }
-    return SA_OK;
+    status = status ? status : check_sink(ctx, p);
+    return status ? status : check_options(ctx, p);
 }

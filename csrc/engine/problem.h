@@ -17,10 +17,14 @@ typedef struct {
     sa_view q, k, v;
     sa_view mask;     /* bool (batch, heads, n_q, n_k), 0 strides where broadcast, true = sees */
     sa_view bias;     /* real type, likewise; added to scores after soft-cap                 */
-    sa_view key_mask; /* bool (batch, 1, 1, n_k): padding. data NULL in these three: none    */
+    sa_view key_mask; /* bool (batch, 1, 1, n_k): padding                                    */
+    sa_view sink;     /* real type (1, heads, 1, 1): the score of one more key, of value 0.
+                         data NULL in these four: none */
     sa_causal causal;
-    double scale;   /* multiplies q.k                         */
-    double softcap; /* c tanh(s / c); 0 means none            */
+    double scale;     /* multiplies q.k                                                  */
+    double softcap;   /* c tanh(s / c); 0 means none                                     */
+    double dropout_p; /* share of weights that become 0, the others growing by 1 / (1 - p) */
+    uint64_t seed;    /* of the dropout: engine/dropout.h                                */
     /* filled by sa_problem_check: */
     int64_t batch, heads, kv_heads, n_q, n_k, dim, dim_v;
 } sa_problem;

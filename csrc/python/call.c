@@ -31,16 +31,39 @@ py_masks(py_call *call, PyObject *mask, PyObject *key_mask, sa_problem *p)
     return 0;
 }
 
+/* Dropout and sinks, where the tuple has them. */
+static int
+read_extras(py_call *call, PyObject *tuple, sa_problem *p)
+{
+    int64_t seed;
+    sa_view *v = &p->sink;
+
+    if (py_real(call, PyTuple_GET_ITEM(tuple, 6), "dropout_p", -INFINITY, INFINITY, &p->dropout_p) <
+            0 ||
+        py_int(call, PyTuple_GET_ITEM(tuple, 7), "seed", 0, INT64_MAX, &seed) < 0 ||
+        py_view(call, PyTuple_GET_ITEM(tuple, 8), "sink", 1, PY_REAL, PY_OPTIONAL | PY_ANY_LAST,
+                v) < 0) {
+        return -1;
+    }
+    p->seed = (uint64_t)seed;
+    if (v->data) { /* (1, 1, 1, heads) to (1, heads, 1, 1) */
+        v->size[1] = v->size[3];
+        v->stride[1] = v->stride[3];
+        v->size[3] = v->stride[3] = 1;
+    }
+    return 0;
+}
+
 int
 py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arrays)
 {
     const double any = INFINITY; /* the core refuses what is not finite */
     int64_t causal;
 
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) {
-        PyErr_SetString(
-            call->state->dtype,
-            "problem must be a tuple (causal, scale, softcap, mask, bias, key_mask) of 6 entries");
+    if (!PyTuple_Check(tuple) || (PyTuple_GET_SIZE(tuple) != 6 && PyTuple_GET_SIZE(tuple) != 9)) {
+        PyErr_SetString(call->state->dtype,
+                        "problem must be a tuple (causal, scale, softcap, mask, bias, key_mask) "
+                        "and perhaps (dropout_p, seed, sink)");
         return -1;
     }
     arrays->mask = PyTuple_GET_ITEM(tuple, 3);
@@ -50,7 +73,8 @@ py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arr
         py_real(call, PyTuple_GET_ITEM(tuple, 1), "scale", -any, any, &p->scale) < 0 ||
         py_real(call, PyTuple_GET_ITEM(tuple, 2), "softcap", -any, any, &p->softcap) < 0 ||
         py_masks(call, arrays->mask, arrays->key_mask, p) < 0 ||
-        py_view(call, arrays->bias, "bias", 4, PY_REAL, PY_OPTIONAL | PY_ANY_LAST, &p->bias) < 0) {
+        py_view(call, arrays->bias, "bias", 4, PY_REAL, PY_OPTIONAL | PY_ANY_LAST, &p->bias) < 0 ||
+        (PyTuple_GET_SIZE(tuple) == 9 && read_extras(call, tuple, p) < 0)) {
         return -1;
     }
     p->causal = (sa_causal)causal;

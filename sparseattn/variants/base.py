@@ -43,12 +43,16 @@ class Problem(NamedTuple):
     mask: Array | None = None  # bool, broadcast to (batch, heads, n_q, n_k)
     bias: Array | None = None  # in the type of q, broadcast likewise
     key_mask: Array | None = None  # bool (batch, n_k)
+    dropout_p: float = 0.0
+    seed: int = 0  # of the dropout
+    sink: Array | None = None  # (heads,) in the type of q: score of one more key, of value 0
 
     def of_heads(self, begin: int, end: int) -> Problem:
         """The same call for query heads [begin, end)."""
         mask = None if self.mask is None else self.mask[:, begin:end]
         bias = None if self.bias is None else self.bias[:, begin:end]
-        return self._replace(mask=mask, bias=bias)
+        sink = None if self.sink is None else self.sink[begin:end]
+        return self._replace(mask=mask, bias=bias, sink=sink)
 
 
 class Piece(NamedTuple):
