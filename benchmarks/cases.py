@@ -26,6 +26,7 @@ CASES = (
     Case("window-256", sa.Window(256)),
     Case("window-1024", sa.Window(1024)),
     Case("window-256-sinks", sa.Window(256, sinks=4)),
+    Case("prefix-1024", sa.Prefix(1024), causal=False),
     Case("blockmask-10%", sa.BlockMask(64), causal=False, params={"layout": 0.1}),
     Case("topk-64", sa.TopK(64)),
     Case("random-64", sa.RandomKeys(64)),

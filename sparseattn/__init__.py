@@ -12,10 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sparseattn import _core
-from sparseattn.attention import attention, merge, plan, scaled_dot_product_attention
+from sparseattn.attention import attention, plan
+from sparseattn.cache import Cache
 from sparseattn.config import get_num_threads, set_num_threads, show_config
 from sparseattn.errors import (
     ArgumentError,
+    CacheInUse,
     DtypeError,
     FileError,
     InternalError,
@@ -24,13 +26,17 @@ from sparseattn.errors import (
     SparseAttnError,
     UnknownArgument,
 )
+from sparseattn.gradients import attention_vjp
+from sparseattn.merge import merge
 from sparseattn.plan import Plan
+from sparseattn.sdpa import scaled_dot_product_attention
 from sparseattn.variants import (
     BlockMask,
     Dense,
     Intersection,
     PerHead,
     PerLayer,
+    Prefix,
     RandomKeys,
     TopK,
     Union,
@@ -50,15 +56,18 @@ __all__ = [
     # attention
     "attention",
     "scaled_dot_product_attention",
+    "attention_vjp",
     "merge",
     "plan",
     "Plan",
+    "Cache",
     # specs
     "parse",
     "specs",
     "Variant",
     "Dense",
     "Window",
+    "Prefix",
     "BlockMask",
     "TopK",
     "RandomKeys",
@@ -76,6 +85,7 @@ __all__ = [
     # errors
     "SparseAttnError",
     "ArgumentError",
+    "CacheInUse",
     "DtypeError",
     "FileError",
     "InternalError",

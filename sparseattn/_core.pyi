@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 _Array: TypeAlias = NDArray[Any]
 _Bool: TypeAlias = NDArray[np.bool_]
 # causal (0 none, 1 bottom-right, 2 top-left), scale, softcap, mask, bias, key_mask; then perhaps
-# dropout_p, seed, sink
+# dropout_p, seed, sink; then perhaps cu_seqlens, which only the making of plans looks at
 _Six: TypeAlias = tuple[int, float, float, _Bool | None, _Array | None, _Bool | None]
 _Nine: TypeAlias = tuple[
     int, float, float, _Bool | None, _Array | None, _Bool | None, float, int, _Array | None
 ]
-_Problem: TypeAlias = _Six | _Nine
+_Ten: TypeAlias = tuple[
+    *tuple[int, float, float, _Bool | None, _Array | None, _Bool | None],
+    *tuple[float, int, _Array | None, tuple[_Array, _Array] | None],
+]
+_Problem: TypeAlias = _Six | _Nine | _Ten
 _Parts: TypeAlias = "Plan | tuple[tuple[Plan, int, int], ...]"
 _Field: TypeAlias = tuple[str, str, float | None, float | None, tuple[str, ...] | None]
 
@@ -67,7 +71,13 @@ def plan_build(
 ) -> Plan: ...
 def plan_from_mask(mask: _Bool, /) -> Plan: ...
 def plan_from_arrays(arrays: dict[str, Any], /) -> Plan: ...
+def plan_from_intervals(
+    lo: NDArray[np.int64], hi: NDArray[np.int64], n_k: int, batch: int, heads: int, /
+) -> Plan: ...
 def plan_combine(a: Plan, b: Plan, op: Literal["union", "intersection"], /) -> Plan: ...
+def plan_pack(
+    plans: tuple[Plan, ...], mask: _Bool | None, key_mask: _Bool | None, /
+) -> Plan: ...
 def describe(name: str, /) -> list[_Field]: ...
 def variants() -> list[str]: ...
 
@@ -82,6 +92,22 @@ def attend(
     lse: _Array | None,
     /,
 ) -> None: ...
+def attend_grad(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    parts: _Parts,
+    problem: _Problem,
+    dout: _Array | None,
+    lse: _Array,
+    delta: _Array,
+    dq: _Array | None,
+    dk: _Array | None,
+    dv: _Array | None,
+    dbias: _Array | None,
+    /,
+) -> None: ...
+def attend_delta(out: _Array, dout: _Array, dlse: _Array | None, delta: _Array, /) -> None: ...
 def merge(
     outs: tuple[_Array, ...], lses: tuple[_Array, ...], out: _Array, lse: _Array | None, /
 ) -> None: ...
@@ -124,4 +150,10 @@ def nll(
 def kl(base: _Array, other: _Array, /) -> NDArray[np.float64]: ...
 def widen(
     src: NDArray[np.uint16], kind: Literal["f16", "bf16"], out: NDArray[np.float32], /
+) -> None: ...
+def narrow(
+    src: NDArray[np.float32],
+    kind: Literal["f16", "bf16"],
+    out: NDArray[np.float16] | NDArray[np.uint16],
+    /,
 ) -> None: ...

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from sparseattn import _core
 from sparseattn.errors import ArgumentError, NotSupported
+from sparseattn.half import is_half, real_type, store, widen
 from sparseattn.inputs import (
+    SINK,
     Operands,
     Target,
     check_params,
-    collapse,
     empty,
-    is_torch,
-    make_operands,
     make_target,
-    read_alike,
-    read_bias,
-    read_bool,
     read_causal,
-    read_number,
     read_operands,
     read_problem,
-    spread,
-    to_array,
-    to_real,
 )
 from sparseattn.plan import Plan, plan, refuse_keywords
 from sparseattn.variants.base import Piece, Problem, Variant, parse
@@ -36,14 +27,7 @@ from sparseattn.weights import Weights, dense_weights
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array, Params
 
-__all__ = [
-    "Plan",
-    "attend_with_plan",
-    "attention",
-    "merge",
-    "plan",
-    "scaled_dot_product_attention",
-]
+__all__ = ["Plan", "attend_with_plan", "attention", "plan"]
 
 KEYWORDS = (
     *("params", "causal", "scale", "mask", "key_mask", "bias", "softcap", "dropout_p", "seed"),
@@ -102,13 +86,14 @@ class Eager:
             made = Plan(pieces, self.problem, shape, k.shape[1], self.ops.lead, spec)
         self.plan = made
         need = self.want_lse or any(piece.full_row for piece in made.pieces)
-        lse = empty("the log-sum-exp", q.shape[:3], q.dtype) if need else None
+        real = real_type(q.dtype)
+        lse = empty("the log-sum-exp", q.shape[:3], real) if need else None
         out, self.target = self.target, None
         shape = (*q.shape[:3], v.shape[3])
-        if out is None or out.shape != shape:  # a compose rule's further parts
-            out = empty("the output", shape, q.dtype)
+        if out is None or out.shape != shape or out.dtype not in (q.dtype, real):
+            out = empty("the output", shape, real)  # a compose rule's further parts
         run_pieces(made.pieces, q, k, v, self.problem, out, lse)
-        return out, np.empty(0, q.dtype) if lse is None else lse
+        return out, np.empty(0, real) if lse is None else lse
 
 
 def run_pieces(
@@ -143,11 +128,16 @@ def run_piece(
     piece: Piece, q: Array, k: Array, v: Array, problem: Problem, out: Array, lse: Array | None
 ) -> None:
     """One piece over its own heads; with ``full_row`` its weights are those of the full row."""
-    _core.attend(q, k, v, piece.core, problem, out, lse)
-    if piece.full_row and lse is not None:
-        with np.errstate(all="ignore"):
-            mass = kept_mass(piece, q, k, problem, lse)
-            np.multiply(out, mass[..., None], out=out)
+    if not piece.full_row or lse is None:
+        _core.attend(q, k, v, piece.core, problem, out, lse)
+        return
+    wide = out if out.dtype == lse.dtype else empty("the output", out.shape, lse.dtype)
+    _core.attend(q, k, v, piece.core, problem._replace(sink=None), wide, lse)
+    with np.errstate(all="ignore"):
+        mass = kept_mass(piece, q, k, problem._replace(dropout_p=0.0), lse)
+        np.multiply(wide, mass[..., None], out=wide)
+    if wide is not out:
+        store(out, wide)
 
 
 def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) -> Array:
@@ -155,18 +145,25 @@ def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) ->
 
     Both are taken relative to the lse given, so that large scores do not swallow the difference:
     one more column of q and k subtracts it from every score. A soft-cap bounds scores by itself.
+    A sink is in the full row's sum only.
     """
+    sink, problem = problem.sink, problem._replace(sink=None)
     shift = np.zeros_like(lse)
     if problem.softcap == 0:
         np.copyto(shift, lse, where=np.isfinite(lse))
-        q = np.concatenate([q * q.dtype.type(problem.scale), -shift[..., None]], -1)
-        k = np.concatenate([k, np.ones_like(k[..., :1])], -1)
+        scaled = (widen(q) if is_half(q) else q) * lse.dtype.type(problem.scale)
+        q = np.concatenate([scaled, -shift[..., None]], -1)
+        one = np.empty((*k.shape[:3], 1), k.dtype)
+        store(one, np.ones(1, real_type(k.dtype)))
+        k = np.concatenate([k, one], -1)
         problem = problem._replace(scale=1.0)
     dense = _core.plan_build("dense", parse("dense"), None, q, k, problem)
-    nothing = np.broadcast_to(np.zeros(1, q.dtype), (*k.shape[:3], 1))
-    kept, full, ignored = np.empty_like(lse), np.empty_like(lse), np.empty((*lse.shape, 1), q.dtype)
+    nothing = np.broadcast_to(np.zeros(1, lse.dtype), (*k.shape[:3], 1))
+    kept, full, ignored = (np.empty(s, lse.dtype) for s in (lse.shape, lse.shape, (*lse.shape, 1)))
     _core.attend(q, k, nothing, piece.core, problem, ignored, kept)
     _core.attend(q, k, nothing, dense, problem, ignored, full)
+    if sink is not None:
+        full = np.logaddexp(full, sink[:, None] - shift)
     np.add(full, shift, out=lse)
     mass: Array = np.where(np.isneginf(full), full.dtype.type(0), np.exp(kept - full))
     return mass
@@ -208,7 +205,9 @@ def attention(
     spec : spec, str or Plan
         Which keys: ``sa.TopK(16)``, ``"window:64"``, a plan. None is dense.
     params : mapping of str to array
-        Arrays that a variant needs, such as ``layout`` of ``BlockMask``.
+        Arrays that a variant needs, such as ``layout`` of ``BlockMask``. Any spec takes ``sink``,
+        shape (heads,): the score of one more key, whose value is 0, in each row's softmax; a row
+        that keeps no key then has log-sum-exp ``sink``.
     causal : False, True, "bottom_right" or "top_left"
         True is bottom-right: query i sees key j iff ``j <= i + n_k - n_q``.
     scale : float
@@ -221,11 +220,19 @@ def attention(
         Added to scores after scaling and soft-cap; broadcasts like ``mask``.
     softcap : float
         ``c tanh(s / c)`` of the scaled scores; None or 0 is none.
-    dropout_p, seed, cu_seqlens, cache
-        Not in this version: values other than the defaults are refused.
+    dropout_p : float
+        Share of the weights that become 0, the others growing by ``1 / (1 - dropout_p)``.
+    seed : int
+        Which they are: the same seed drops the same weights. None draws one for this call.
+    cu_seqlens
+        Not in this version: values other than the default are refused.
+    cache : Cache
+        Keys and values of the tokens so far: ``k`` and ``v`` are appended, then ``q`` attends to
+        all of them. ``mask`` and ``bias`` have a column for each of these, ``key_mask`` for each or
+        for the new ones. Without gradients, dropout, ``cu_seqlens`` and weights.
     return_lse, return_weights : bool
-        Add the log-sum-exp of each row in natural units, (..., heads, n_q); add the weights: an
-        array (..., heads, n_q, n_k) of up to 2**22 entries, a ``Weights`` object beyond.
+        Add the log-sum-exp of each row in natural units, (..., heads, n_q); add the weights before
+        dropout: an array (..., heads, n_q, n_k) of up to 2**22 entries, a ``Weights`` beyond.
     out : array
         Where to put the output; must not overlap an input.
 
@@ -250,16 +257,43 @@ def attention(
     (1, 8, 100, 64)
     """
     refuse_keywords("attention", wrong, KEYWORDS)
-    refuse_later(dropout_p, cu_seqlens, cache)
-    ops = read_operands(q, k, v)
-    call = {"causal": causal, "mask": mask, "key_mask": key_mask}
-    if isinstance(spec, Plan):
-        refuse_with_plan(spec, call, params)
-        call = {}
-    problem = read_problem(ops, **call, scale=scale, bias=bias, softcap=softcap)
-    target = make_target(out, ops, problem)
-    want_lse = return_lse or return_weights
-    lse, made, problem = run(ops, spec, params, problem, target, want_lse)
+    if cache is not None:
+        from sparseattn.cache import attend_cached  # which stands on this module
+
+        return attend_cached(
+            *(cache, q, k, v, spec),
+            params=params,
+            causal=causal,
+            scale=scale,
+            mask=mask,
+            key_mask=key_mask,
+            bias=bias,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            cu_seqlens=cu_seqlens,
+            return_lse=return_lse,
+            return_weights=return_weights,
+            out=out,
+        )
+    if isinstance(return_weights, str):
+        raise NotSupported(f"return_weights={return_weights!r} comes in a later version: pass True")
+    call = read_call(
+        *(q, k, v, spec),
+        params=params,
+        causal=causal,
+        scale=scale,
+        mask=mask,
+        key_mask=key_mask,
+        bias=bias,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        seed=seed,
+        cu_seqlens=cu_seqlens,
+    )
+    ops = call.ops
+    target = make_target(out, ops, call.problem)
+    want_lse = bool(return_lse or return_weights)
+    lse, made, problem = run(*call, target, want_lse)
     result = target.finish(ops)
     if not want_lse:
         return result
@@ -269,6 +303,42 @@ def attention(
     return (
         OutLseWeights(result, ops.give(lse), weights) if return_lse else OutWeights(result, weights)
     )
+
+
+class Call(NamedTuple):
+    """An attention call that has passed the door; the sinks of its params are in the problem."""
+
+    ops: Operands
+    spec: Any
+    params: Any
+    problem: Problem
+
+
+def read_call(
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: Any,
+    *,
+    params: Any = None,
+    causal: Any = False,
+    mask: Any = None,
+    key_mask: Any = None,
+    cu_seqlens: Any = None,
+    **terms: Any,
+) -> Call:
+    """``terms``: what else :func:`read_problem` takes."""
+    ops = read_operands(q, k, v)
+    sight = {"causal": causal, "mask": mask, "key_mask": key_mask}
+    if isinstance(spec, Plan):
+        refuse_with_plan(spec, sight, params)
+        sight = {}
+    problem = read_problem(ops, **sight, params=params, **terms)
+    if cu_seqlens is not None:
+        raise NotSupported(
+            "cu_seqlens comes in a later version: pass one call a sequence, or mask="
+        )
+    return Call(ops, spec, params, problem)
 
 
 def run(
@@ -287,22 +357,9 @@ def run(
         eager = Eager(ops, problem, target.array, want_lse)
         result, lse = variant.apply(eager, ops.q, ops.k, ops.v, taken)
     if result is not target.array:
-        target.array[...] = result
+        store(target.array, result)
     assert eager.plan is not None
     return lse, eager.plan, problem
-
-
-def refuse_later(dropout_p: Any, cu_seqlens: Any, cache: Any) -> None:
-    if not 0.0 <= read_number("dropout_p", dropout_p) < 1.0:
-        raise ArgumentError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    later = {
-        "dropout_p": (dropout_p != 0.0, "0.0"),
-        "cu_seqlens": (cu_seqlens is not None, "one call a sequence, or mask="),
-        "cache": (cache is not None, "all keys and values so far as k and v"),
-    }
-    for name, (given, instead) in later.items():
-        if given:
-            raise NotSupported(f"{name} comes in a later version: pass {instead}")
 
 
 def refuse_with_plan(made: Plan, call: dict[str, Any], params: Any) -> None:
@@ -312,7 +369,8 @@ def refuse_with_plan(made: Plan, call: dict[str, Any], params: Any) -> None:
             f"causal={call['causal']!r} and the plan was made otherwise: "
             "make the plan with it, and leave it out here"
         )
-    for name, value in {**call, "params": params}.items():
+    arrays = None if params is None or set(params) == {SINK} else params
+    for name, value in {**call, "params": arrays}.items():
         if name != "causal" and value is not None:
             raise ArgumentError(
                 f"{name} is part of a plan: give it to sa.plan(..., {name}=...), not to attention()"
@@ -328,18 +386,7 @@ def make_weights(ops: Operands, lse: Array, problem: Problem, made: Plan) -> Any
 
 
 def attend_with_plan(
-    q: Any,
-    k: Any,
-    v: Any,
-    spec: Any = None,
-    *,
-    params: Any = None,
-    causal: Any = False,
-    scale: Any = None,
-    mask: Any = None,
-    key_mask: Any = None,
-    bias: Any = None,
-    softcap: Any = None,
+    q: Any, k: Any, v: Any, spec: Any = None, **terms: Any
 ) -> tuple[Array, Array, Plan]:
     """out, log-sum-exp and the plan that ran: ``attention`` for the package's own use.
 
@@ -348,170 +395,7 @@ def attend_with_plan(
     >>> attend_with_plan(x, x, x, "topk:2")[2].count().kept
     20
     """
-    ops = read_operands(q, k, v)
-    problem = read_problem(
-        ops, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap
-    )
-    target = make_target(None, ops)
-    lse, made, _ = run(ops, spec, params, problem, target, True)
-    return target.finish(ops), ops.give(lse), made
-
-
-def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    spec: Any = None,
-) -> Any:
-    """PyTorch's function of this name, semantics included, over the keys that ``spec`` keeps.
-
-    Parameters
-    ----------
-    query, key, value : array, shape (..., n_q, dim), (..., n_k, dim), (..., n_k, dim_v)
-        At least 2-D; axes before the last two broadcast. Dtypes as in :func:`attention`.
-    attn_mask : array
-        bool, True = may attend, or float, added to the scores; broadcasts to (..., n_q, n_k).
-    dropout_p : float
-        0 in this version.
-    is_causal : bool
-        Top-left aligned: query i sees key j iff ``j <= i``. Not together with ``attn_mask``.
-    scale : float
-        None is ``dim ** -0.5``.
-    enable_gqa : bool
-        Let heads of key and value divide those of query; without it the axes must broadcast.
-    spec : spec, str or Plan
-        None is dense.
-
-    Returns
-    -------
-    array, shape (..., n_q, dim_v)
-        Rows that may see nothing are 0.
-
-    Raises
-    ------
-    ArgumentError, DtypeError, NotSupported
-        As :func:`attention`.
-
-    References
-    ----------
-    ``torch.nn.functional.scaled_dot_product_attention``.
-
-    >>> import numpy as np, sparseattn as sa
-    >>> x = np.eye(4, dtype=np.float32)[None]
-    >>> sa.scaled_dot_product_attention(x, x, x, is_causal=True)[0, 0]
-    array([1., 0., 0., 0.], dtype=float32)
-    """
-    refuse_later(dropout_p, None, None)
-    if is_causal and attn_mask is not None:
-        raise ArgumentError("is_causal=True and attn_mask= exclude each other: pass one of them")
-    given = {"query": query, "key": key, "value": value}
-    arrays, stored = read_alike(given, "(..., length, dim)")
-    flat = all(array.ndim == 2 for array in arrays)
-    arrays = grouped_heads(*arrays) if enable_gqa else broadcast_heads(*arrays)
-    ops = make_operands(arrays, ("query", "key", "value"), stored, is_torch(query))
-    problem = read_problem(ops, causal="top_left" if is_causal else False, scale=scale)
-    if attn_mask is not None:
-        array, _ = to_array("attn_mask", attn_mask)
-        if array.dtype.kind == "f":
-            problem = problem._replace(bias=spread("attn_mask", read_bias(attn_mask, ops), ops))
-        else:
-            array = read_bool("attn_mask", attn_mask, "pass bool or float")
-            problem = problem._replace(mask=spread("attn_mask", array, ops))
-    if isinstance(spec, Plan):
-        causal = is_causal and "top_left"
-        refuse_with_plan(spec, {"causal": causal, "attn_mask": problem.mask}, None)
-    target = make_target(None, ops)
-    run(ops, spec, None, problem, target, False)
-    result = target.finish(ops)
-    return result[0] if flat else result
-
-
-def broadcast_heads(q: Array, k: Array, v: Array) -> list[Array]:
-    """All axes before (length, dim) broadcast together, the last of them becoming heads."""
-    arrays = [x[(None,) * max(0, 3 - x.ndim)] for x in (q, k, v)]
-    heads = [x.shape[-3] for x in arrays]
-    if max(heads) != min(heads) and 1 not in heads:
-        raise ArgumentError(
-            f"query, key, value have {heads[0]}, {heads[1]}, {heads[2]} heads: "
-            "pass enable_gqa=True where key and value heads divide those of query"
-        )
-    shared = heads[1] == heads[2] == 1  # one kv head for all query heads: nothing to expand
-    for at, x in enumerate(arrays):
-        if x.shape[-3] == 1 and not (shared and at > 0):
-            arrays[at] = np.broadcast_to(x, (*x.shape[:-3], max(heads), *x.shape[-2:]))
-    return arrays
-
-
-def grouped_heads(q: Array, k: Array, v: Array) -> list[Array]:
-    """Key and value heads divide query heads, each on its own as in PyTorch."""
-    if min(q.ndim, k.ndim, v.ndim) < 3:
-        raise ArgumentError("enable_gqa=True needs (..., heads, length, dim) for query, key, value")
-    heads = q.shape[-3]
-    for name, x in (("key", k), ("value", v)):
-        if x.shape[-3] == 0 or heads % x.shape[-3]:
-            raise ArgumentError(
-                f"the {x.shape[-3]} heads of {name} must divide the {heads} of query"
-            )
-    if k.shape[-3] != v.shape[-3]:
-        k, v = (np.repeat(x, heads // x.shape[-3], axis=-3) for x in (k, v))
-    return [q, k, v]
-
-
-def merge(parts: Sequence[Any]) -> OutLse:
-    """Join attention outputs over disjoint key sets as if over all keys at once.
-
-    ``L = logsumexp_a L_a``, ``out = sum_a exp(L_a - L) out_a`` (algorithms 0.8); parts that are
-    ``-inf`` everywhere add nothing.
-
-    Parameters
-    ----------
-    parts : list of (out, lse)
-        out (..., heads, n_q, dim_v), lse (..., heads, n_q) in natural units, of one shape and
-        dtype; results of ``attention(..., return_lse=True)`` or of ``merge``.
-
-    Returns
-    -------
-    OutLse
-        NamedTuple of ``out`` and ``lse``.
-
-    Raises
-    ------
-    ArgumentError, DtypeError
-        If there is no part, or shapes or dtypes differ.
-
-    References
-    ----------
-    Dao, "FlashAttention-2", 2023, arXiv:2307.08691 (split keys); Milakov and Gimelshein, 2018.
-
-    >>> import numpy as np, sparseattn as sa
-    >>> x = np.random.default_rng(0).standard_normal((2, 9, 4))
-    >>> ab = [sa.attention(x, x[:, s], x[:, s], return_lse=True) for s in np.s_[:5, 5:]]
-    >>> bool(np.allclose(sa.merge(ab).out, sa.attention(x, x, x)))
-    True
-    """
-    pairs = [tuple(part) for part in parts]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise ArgumentError(f"merge takes a list of (out, lse), got {len(pairs)} parts not so made")
-    given = {f"parts[{i}][0]": pair[0] for i, pair in enumerate(pairs)}
-    outs, stored = read_alike(given, "(..., heads, n_q, dim_v)")
-    lses = [to_real(f"parts[{i}][1]", pair[1])[0] for i, pair in enumerate(pairs)]
-    shape = outs[0].shape
-    for i, (o, lse) in enumerate(zip(outs, lses, strict=True)):
-        if o.shape != shape or lse.shape != shape[:-1]:
-            raise ArgumentError(
-                f"parts[{i}] has shapes {o.shape} and {lse.shape}: "
-                f"all must have {shape} and {shape[:-1]}"
-            )
-    ops = make_operands([outs[0]] * 3, ("parts", "parts", "parts"), stored, is_torch(pairs[0][0]))
-    out, lse = np.empty(ops.q.shape, ops.q.dtype), np.empty(ops.q.shape[:3], ops.q.dtype)
-    lead = ops.lead
-    flat_outs = tuple(collapse(o, lead) for o in outs)
-    flat_lses = tuple(np.ascontiguousarray(x, dtype=lse.dtype).reshape(lse.shape) for x in lses)
-    _core.merge(flat_outs, flat_lses, out, lse)
-    return OutLse(ops.give(out, stored=True), ops.give(lse))
+    call = read_call(q, k, v, spec, **terms)
+    target = make_target(None, call.ops)
+    lse, made, _ = run(*call, target, True)
+    return target.finish(call.ops), call.ops.give(lse), made

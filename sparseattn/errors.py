@@ -15,6 +15,7 @@ from sparseattn._core import (
 
 __all__ = [
     "ArgumentError",
+    "CacheInUse",
     "DtypeError",
     "FileError",
     "InternalError",
@@ -27,6 +28,10 @@ __all__ = [
 
 class FileError(SparseAttnError, OSError):
     """A file or folder is missing, damaged, or not what it says it is."""
+
+
+class CacheInUse(SparseAttnError, RuntimeError):
+    """Two threads reach for one cache at once; the one that comes second gets this."""
 
 
 class NotSupported(SparseAttnError, NotImplementedError):

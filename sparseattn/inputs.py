@@ -1,22 +1,34 @@
 """The door for arrays: whatever a caller brings becomes 4-D views that the core reads.
 
 (..., heads, length, dim) becomes (batch, heads, length, dim), by view where strides allow. Copied
-are: other byte orders, misaligned data, strides that split elements, a last axis with gaps, half
-precision (widened to float32).
+are: other byte orders, misaligned data, strides that split elements, a last axis with gaps.
+float16 and bfloat16 stay as they are stored: the core reads and writes them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import operator
+import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from sparseattn.errors import ArgumentError, DtypeError, OutOfMemory
+from sparseattn.half import (
+    BITS,
+    HALF,
+    REAL,
+    is_half,
+    narrow,
+    real_type,
+    storage_type,
+    widen,
+    with_name,
+)
 from sparseattn.variants.base import Problem
 
 if TYPE_CHECKING:
@@ -24,10 +36,8 @@ if TYPE_CHECKING:
 
 MAX_DIM = 4096  # the core's bound, asked before anything is copied
 CPU_DEVICES = (1, 3, 11)  # DLPack's CPU, and pinned host memory of CUDA and ROCm
-REAL = ("float32", "float64")
-HALF = ("float16", "bfloat16")
-NAMES = {np.dtype(name): name for name in REAL}  # dtype.name itself takes microseconds
 CAUSAL = {"bottomright": 1, "topleft": 2}
+SINK = "sink"  # the array of params that any spec takes
 
 
 def is_torch(x: object) -> bool:
@@ -37,9 +47,10 @@ def is_torch(x: object) -> bool:
 
 
 def to_array(name: str, x: Any) -> tuple[Array, str]:
-    """Any array-like as an ndarray on the same memory where possible, and its dtype's name."""
+    """Any array-like as an ndarray on the same memory where possible, bfloat16 as its bits, and the
+    name of its dtype."""
     if type(x) is np.ndarray:
-        return x, NAMES.get(x.dtype) or x.dtype.name
+        return with_name(x)
     if isinstance(x, np.ma.MaskedArray):
         raise ArgumentError(
             f"{name} is a masked array, whose mask would be lost: "
@@ -64,7 +75,7 @@ def to_array(name: str, x: Any) -> tuple[Array, str]:
             array = np.asarray(x)
     except (ValueError, TypeError, BufferError) as error:
         raise ArgumentError(f"{name} cannot be read as an array: {error}") from None
-    return array, array.dtype.name
+    return with_name(array)
 
 
 def cast(name: str, x: Any, numpy: str, torch: str) -> str:
@@ -87,22 +98,26 @@ def check_real(name: str, x: Any, stored: str) -> None:
         )
 
 
-def real_type(stored: str) -> np.dtype[Any]:
-    """What a stored dtype is computed in."""
-    return np.dtype(stored if stored in REAL else np.float32)
+def has_steps(array: Array, size: int, packed: bool) -> bool:
+    """Whether strides count whole elements of ``size`` bytes; ``packed``: one on the last axis."""
+    if any(stride % size for stride in array.strides):
+        return False
+    return not packed or array.ndim == 0 or array.shape[-1] <= 1 or array.strides[-1] == size
 
 
 def as_real(name: str, array: Array, real: np.dtype[Any], *, packed: bool = True) -> Array:
-    """``array`` itself where the core can read it, else a copy; ``packed``: no gaps in its rows."""
+    """``array`` itself where the core can read it as ``real``, which is a real type or the type it
+    is stored in, else a copy; ``packed``: no gaps in its rows."""
     size = real.itemsize
     if (
         array.dtype == real
         and array.flags.aligned
-        and not any(stride % size for stride in array.strides)
-        and (not packed or array.ndim == 0 or array.shape[-1] <= 1 or array.strides[-1] == size)
+        and (array.flags.c_contiguous or has_steps(array, size, packed))
     ):
         return array
     with enough_memory(f"a copy of {name}", array.shape, real):
+        if array.dtype == BITS != real:
+            array = widen(array)
         return array.astype(real, order="C")
 
 
@@ -111,27 +126,37 @@ def enough_memory(what: str, shape: tuple[int, ...], dtype: Any) -> Iterator[Non
     try:
         yield
     except (MemoryError, ValueError):  # NumPy's ValueError: more bytes than can be counted
-        raise OutOfMemory(
-            f"{what} of shape {shape} in {np.dtype(dtype).name} does not fit in memory: "
-            "make the call smaller"
-        ) from None
+        raise too_large(what, shape, dtype) from None
+
+
+def too_large(what: str, shape: tuple[int, ...], dtype: Any) -> OutOfMemory:
+    return OutOfMemory(
+        f"{what} of shape {shape} in {np.dtype(dtype).name} does not fit in memory: "
+        "make the call smaller"
+    )
 
 
 def empty(what: str, shape: tuple[int, ...], dtype: Any) -> Array:
-    with enough_memory(what, shape, dtype):
+    try:  # a context manager would take longer than the allocation
         return np.empty(shape, dtype)
+    except (MemoryError, ValueError):
+        raise too_large(what, shape, dtype) from None
 
 
-@dataclass(frozen=True, slots=True)
-class Operands:
+class Operands(NamedTuple):
     """q, k, v of one call as (batch, heads, length, dim), and how to give results back."""
 
-    q: Array
+    q: Array  # as they are stored, bfloat16 as its bits
     k: Array
     v: Array
     lead: tuple[int, ...]  # the axes that became batch
-    stored: str  # dtype name that the output is given in
+    stored: str  # dtype name of q, that the output is given in
     torch: bool
+
+    @property
+    def real(self) -> np.dtype[Any]:
+        """The type of all that is computed: float64 for float64, else float32."""
+        return real_type(self.stored)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -143,19 +168,28 @@ class Operands:
         return batch, heads, n_q, self.k.shape[2]
 
     def give(self, array: Array, *, stored: bool = False) -> Any:
-        """An array of (batch, ...) in the caller's kind, leading axes put back."""
+        """An array of (batch, ...) in the caller's kind, leading axes put back; ``stored``: in the
+        dtype of q."""
         array = array.reshape(self.lead + array.shape[1:])
-        dtype = self.stored if stored and self.stored in HALF else None
-        if self.torch:
-            from sparseattn.integrations import torch
+        return dress(array, self.stored if stored else None, self.torch)
 
-            return torch.from_numpy(array, dtype)
-        return array if dtype is None else array.astype(np.dtype(dtype))
+
+def dress(array: Array, stored: str | None, torch: bool) -> Any:
+    """An array of the core as NumPy or PyTorch has it; ``stored``: in the dtype of that name, which
+    real values are rounded to."""
+    if stored in HALF and not is_half(array):
+        with enough_memory("the output", array.shape, np.float16):
+            array = narrow(array, storage_type(stored))
+    if torch:
+        from sparseattn.integrations.torch import from_numpy
+
+        return from_numpy(array)
+    return array.view(np.dtype(stored)) if stored == "bfloat16" else array
 
 
 def read_alike(given: dict[str, Any], axes: str) -> tuple[list[Array], str]:
-    """Real arrays of one dtype with at least ``axes``, and that dtype's name. Nothing is copied
-    before all of that is known."""
+    """Arrays of one dtype with at least ``axes``, as they are stored, and that dtype's name.
+    Nothing is copied before all of that is known."""
     taken = {name: to_array(name, x) for name, x in given.items()}
     first, (_, stored) = next(iter(taken.items()))
     least = axes.count(",")
@@ -168,8 +202,8 @@ def read_alike(given: dict[str, Any], axes: str) -> tuple[list[Array], str]:
             raise DtypeError(f"{name} is {dtype} and {first} is {stored}: convert one of them")
         if array.shape[-1] > MAX_DIM:
             raise ArgumentError(f"{name} must be at most {MAX_DIM} wide, got shape {array.shape}")
-    real = real_type(stored)
-    return [as_real(name, array, real) for name, (array, _) in taken.items()], stored
+    wanted = storage_type(stored)
+    return [as_real(name, array, wanted) for name, (array, _) in taken.items()], stored
 
 
 def read_operands(q: Any, k: Any, v: Any) -> Operands:
@@ -186,8 +220,10 @@ def make_operands(
     arrays: list[Array], names: tuple[str, str, str], stored: str, torch: bool
 ) -> Operands:
     """Operands of arrays (..., heads, length, dim) whose leading axes broadcast together."""
+    lead, *others = [array.shape[:-3] for array in arrays]
     try:
-        lead = np.broadcast_shapes(*(array.shape[:-3] for array in arrays))
+        if others != [lead, lead]:
+            lead = np.broadcast_shapes(lead, *others)
     except ValueError:
         shapes = ", ".join(f"{n} {array.shape}" for n, array in zip(names, arrays, strict=True))
         raise ArgumentError(
@@ -213,9 +249,13 @@ def read_problem(
     key_mask: Any = None,
     bias: Any = None,
     softcap: Any = None,
+    dropout_p: Any = 0.0,
+    seed: Any = None,
+    params: Any = None,
 ) -> Problem:
     dim = ops.q.shape[3]
     default = dim**-0.5 if dim else 1.0
+    share, drawn = read_dropout(dropout_p, seed)
     return Problem(
         causal=read_causal(causal),
         scale=default if scale is None else read_number("scale", scale),
@@ -223,6 +263,9 @@ def read_problem(
         mask=None if mask is None else spread("mask", read_mask(mask), ops),
         bias=None if bias is None else spread("bias", read_bias(bias, ops), ops),
         key_mask=None if key_mask is None else read_key_mask(key_mask, ops),
+        dropout_p=share,
+        seed=drawn,
+        sink=read_sink(params, ops),
     )
 
 
@@ -250,11 +293,41 @@ def read_number(name: str, value: Any, least: float = -math.inf) -> float:
     return number
 
 
+def read_dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
+    """The share of weights to drop, and what says which: drawn here unless given."""
+    share = 0.0 if dropout_p == 0 else read_number("dropout_p", dropout_p)
+    if not 0.0 <= share < 1.0:
+        raise ArgumentError(f"dropout_p must be in [0, 1), got {dropout_p!r:.80}")
+    if seed is None:
+        return share, int.from_bytes(os.urandom(8)) >> 1 if share else 0
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 63 or isinstance(seed, bool):
+        raise ArgumentError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r:.80}")
+    return share, number
+
+
+def read_sink(params: Any, ops: Operands) -> Array | None:
+    """``params["sink"]``: for each query head the score of one more key, whose value is 0."""
+    given = params.get(SINK) if hasattr(params, "get") else None
+    if given is None:
+        return None
+    sink, _ = to_real("params['sink']", given)
+    heads = ops.q.shape[1]
+    if sink.shape != (heads,):
+        raise ArgumentError(
+            f"params['sink'] must have one entry a query head, shape ({heads},), got {sink.shape}"
+        )
+    return sink.astype(ops.real, copy=False)
+
+
 def read_bool(name: str, x: Any, otherwise: str) -> Array:
     array, stored = to_array(name, x)
     if array.dtype == np.bool_:
         return array
-    if array.dtype.kind in "iu":
+    if array.dtype.kind in "iu" and stored not in HALF:
         raise DtypeError(
             f"{name} has dtype {stored}, and True must mean 'may attend': "
             f"pass {cast(name, x, 'bool', 'bool')} if 1 means that"
@@ -272,7 +345,7 @@ def read_bias(bias: Any, ops: Operands) -> Array:
         raise DtypeError("bias has dtype bool: True for 'may attend' is passed as mask=")
     check_real("bias", bias, stored)
     once = array[tuple(slice(None) if step else slice(1) for step in array.strides)]
-    real = as_real("bias", once, ops.q.dtype, packed=False)
+    real = as_real("bias", once, ops.real, packed=False)
     return np.broadcast_to(real, array.shape)  # what was broadcast stays so
 
 
@@ -313,23 +386,26 @@ def spread(name: str, x: Array, ops: Operands) -> Array:
 
 
 def check_params(params: Any, known: tuple[str, ...], spec: object) -> dict[str, Array] | None:
-    """The arrays of a spec, by name; names that it does not take are refused."""
+    """The arrays of a spec, by name; names that it does not take are refused. ``sink`` goes with
+    every spec, in the problem."""
     if params is None:
         return None
     if not hasattr(params, "items"):
         raise ArgumentError(f"params must be a mapping from names to arrays, got {params!r:.80}")
     for name in params:
-        if name not in known:
-            takes = f"takes {', '.join(known)}" if known else "takes no arrays"
+        if name != SINK and name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no arrays but sink"
             raise ArgumentError(f"params has {name!r:.80}, and {spec} {takes}")
-    return {name: to_array(f"params[{name!r}]", value)[0] for name, value in params.items()}
+    taken = {
+        name: to_array(f"params[{name!r}]", value) for name, value in params.items() if name != SINK
+    }
+    return {n: widen(x) if stored in HALF else x for n, (x, stored) in taken.items()} or None
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """Where the output goes: an array the core writes, then perhaps a copy into the caller's."""
 
-    array: Array  # (batch, heads, n_q, dim_v) in the real type
+    array: Array  # (batch, heads, n_q, dim_v), stored as q is
     given: Any  # the caller's out=, or None
     direct: bool  # the core writes the caller's memory
 
@@ -338,12 +414,7 @@ class Target:
             return ops.give(self.array, stored=True)
         if not self.direct:
             result = self.array.reshape(ops.out_shape)
-            if is_torch(self.given):
-                from sparseattn.integrations import torch
-
-                torch.store(self.given, result)
-            else:
-                self.given[...] = result
+            self.given[...] = dress(result, ops.stored, is_torch(self.given))
         return self.given
 
 
@@ -362,7 +433,8 @@ def make_target(out: Any, ops: Operands, masks: Problem | None = None) -> Target
         raise DtypeError(f"out must have dtype {ops.stored} as q has, got {stored}")
     if not array.flags.writeable:
         raise ArgumentError("out must be writable, got a read-only array: pass a copy")
-    if any(step == 0 and size > 1 for step, size in zip(array.strides, array.shape, strict=True)):
+    steps = array.strides
+    if 0 in steps and any(step == 0 and n > 1 for step, n in zip(steps, array.shape, strict=True)):
         raise ArgumentError("out must hold each element once, got a broadcast array: pass a copy")
     read = {"q": ops.q, "k": ops.k, "v": ops.v}
     if masks is not None:
@@ -371,15 +443,15 @@ def make_target(out: Any, ops: Operands, masks: Problem | None = None) -> Target
     for name, x in read.items():
         if overlap(array, x):
             raise ArgumentError(f"out must not overlap {name}: pass another array")
-    if stored in REAL:
-        view = as_real("out", array, ops.q.dtype).reshape(shape)
-        if array.size == 0 or np.may_share_memory(view, array):
-            return Target(view, out, True)
+    view = as_real("out", array, ops.q.dtype).reshape(shape)
+    native = is_torch(out) or out.dtype.isnative
+    if array.size == 0 or (native and np.may_share_memory(view, array)):
+        return Target(view, out, True)
     return Target(empty("the output", shape, ops.q.dtype), out, False)
 
 
 def overlap(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # NumPy takes any
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # NumPy takes any
     except np.exceptions.TooHardError:
         return True

@@ -73,7 +73,7 @@ class WeightRows(NamedTuple):
 
     indptr: Array  # int64 (rows + 1,)
     indices: Array  # int64, the keys
-    values: Array  # the weights, in the type of q
+    values: Array  # the weights, in float64 for float64 inputs, else float32
 
 
 class Weights:
@@ -104,7 +104,7 @@ class Weights:
         _, _, n_q, n_k = self._plan.shape
         end = n_q if end is None else min(end, n_q)
         reader = self._plan.rows(head)
-        indices, values = [np.empty(0, np.int64)], [np.empty(0, self._q.dtype)]
+        indices, values = [np.empty(0, np.int64)], [np.empty(0, self._lse.dtype)]
         sizes = [0]
         chunk = max(1, SCORES_AT_ONCE // max(1, n_k))
         for i0 in range(begin, end, chunk):
@@ -136,7 +136,7 @@ def exp_minus(scores: Array, lse: Any) -> Array:
 
 def dense_weights(q: Array, k: Array, lse: Array, problem: Problem, mask: Array) -> Array:
     """Weights (batch, heads, n_q, n_k): exp(s - lse) where ``mask`` shows the key."""
-    weights = np.zeros(mask.shape, q.dtype)
+    weights = np.zeros(mask.shape, lse.dtype)
     for b, h in np.ndindex(mask.shape[:2]):
         seen = mask[b, h] & (lse[b, h] != -np.inf)[:, None]
         scores = _core.score_rows(q, k, problem, b, h, 0, mask.shape[2])

@@ -18,7 +18,7 @@ from sparseattn import _core
 
 
 @pytest.mark.parametrize("which", range(3), ids="qkv")
-@pytest.mark.parametrize("dtype", ["i8", "i4", "f2", "c8", "?", "O", "U1", "S1", "M8[s]", ">f4"])
+@pytest.mark.parametrize("dtype", ["i8", "i4", "c8", "?", "O", "U1", "S1", "M8[s]", ">f4"])
 def test_wrong_dtypes_are_refused(which: int, dtype: str) -> None:
     arrays = list(make())
     arrays[which] = np.zeros(arrays[which].shape, dtype)

@@ -130,8 +130,14 @@ WRONG: list[tuple[Any, type[Exception], list[str]]] = [
     (lambda: call(colour=3), TypeError, ["colour", "return_lse"]),
     (lambda: sa.plan(Q, K, is_causal=True), TypeError, ["plan()", "causal"]),
     # what comes later
-    (lambda: call(dropout_p=0.1), NotImplementedError, ["dropout_p", "later", "0.0"]),
     (lambda: call(dropout_p=1.5), ValueError, ["dropout_p", "[0, 1)", "1.5"]),
+    (lambda: call(dropout_p="half"), ValueError, ["dropout_p", "number", "'half'"]),
+    (lambda: call(dropout_p=0.1, seed=-1), ValueError, ["seed", "2**63", "-1"]),
+    (lambda: call(dropout_p=0.1, seed=1 << 63), ValueError, ["seed", "2**63", str(1 << 63)]),
+    (lambda: call(dropout_p=0.1, seed=0.5), ValueError, ["seed", "integer", "0.5"]),
+    (lambda: call(params={"sink": np.zeros(3)}), ValueError, ["sink", "(4,)", "(3,)"]),
+    (lambda: call(params={"sink": [1, 2, 3, 4]}), TypeError, ["sink", "int64", "float32"]),
+    (lambda: call(params={"sinks": np.zeros(4)}), ValueError, ["sinks", "sink"]),
     (lambda: call(cu_seqlens=[0, 5]), NotImplementedError, ["cu_seqlens", "later"]),
     (lambda: call(cache=object()), NotImplementedError, ["cache", "later"]),
     # what runs
@@ -158,8 +164,8 @@ WRONG: list[tuple[Any, type[Exception], list[str]]] = [
         ["2 heads of key", "3 of query"],
     ),
     (
-        lambda: sa.scaled_dot_product_attention(Q, Q, Q, dropout_p=0.1),
-        NotImplementedError,
+        lambda: sa.scaled_dot_product_attention(Q, Q, Q, dropout_p=1.1),
+        ValueError,
         ["dropout_p"],
     ),
 ]

@@ -26,7 +26,8 @@ ROOMS = [
     ["_core"],
     ["errors", "progress", "assets", "integrations.torch"],
     ["variants.base"],
-    ["inputs", "weights", "plan", "config", "attention", "tensor", "positions"],
+    ["half", "inputs", "weights", "plan", "config", "attention", "tensor", "positions"]
+    + ["sdpa", "merge", "gradients", "cache", "packed"],
     ["variants"],
     ["integrations"],
     ["models"],

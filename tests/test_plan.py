@@ -270,6 +270,7 @@ def test_paddings_that_agree_share_one_map() -> None:
 def test_threads_change_nothing(name: str, make: Any, with_threads: Callable[[int], None]) -> None:
     sizes = (2, 4, 2, 300, 310)
     fields = {"left": 40, "right": 0, "sinks": 3, "globals": (7,), "block": 32, "k": 9, "seed": 1}
+    fields |= {"n": 70}
     params = {"layout": np.random.default_rng(0).random((4, 10, 10)) < 0.5}
     of = problem(1, *make(sizes))
     arrays = []

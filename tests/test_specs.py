@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SPECS
+from conftest import EVERY_SPEC
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +39,7 @@ plain = st.one_of(
     st.builds(sa.TopK, st.integers(1, 2**30), st.sampled_from(["pre", "post"])),
     st.builds(sa.RandomKeys, st.integers(1, 2**30), st.integers(0, 2**53)),
     st.builds(sa.BlockMask, st.integers(1, 2**30)),
+    st.builds(sa.Prefix, st.integers(0, 2**30)),
     st.builds(sa.Window, st.integers(1, 2**30), sinks=whole, globals=st.lists(whole, max_size=5)),
     st.builds(
         lambda both, sinks: sa.Window(window_size=both, sinks=sinks),
@@ -226,7 +227,7 @@ def test_heads_draw_apart() -> None:
     assert len(seeds) == 2500
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=str)
 def test_fields_are_scalars_and_short_tuples(spec: Variant) -> None:
     for f in dataclasses.fields(spec):
         value = getattr(spec, f.name)

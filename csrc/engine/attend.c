@@ -18,13 +18,9 @@ sa_cursor_start(const sa_group *g)
         .band = plan->band_ptr[g->slot],
         .end = plan->row_ptr[g->slot + 1],
         .at = -1,
-        .piece_lo = 0,
-        .piece_hi = (int32_t)plan->n_k,
+        .piece_lo = g->key_lo,
+        .piece_hi = g->key_hi,
     };
-    if (g->call->pieces > 1) {
-        c.piece_lo = (int32_t)(g->piece * SA_PIECE_KEYS);
-        c.piece_hi = (int32_t)SA_MIN(plan->n_k, (g->piece + 1) * SA_PIECE_KEYS);
-    }
     return c;
 }
 
@@ -57,28 +53,30 @@ sa_cursor_next(sa_cursor *c, sa_key_tile *tile)
     return tile->n > 0;
 }
 
+/* Addresses of the tile's rows of k or v; rows that are not read in place are copied to `copy`. */
+static void
+row_addresses(const sa_group *g, const sa_key_tile *tile, const sa_view *v, int64_t dim,
+              bool in_place, char *copy, const void **row)
+{
+    const char *const base = sa_view_row(*v, g->b, g->g, 0);
+    const int64_t step = v->stride[2] * (int64_t)sa_dtype_size(v->dtype);
+    const size_t bytes = g->call->real_bytes * (size_t)dim;
+    for (int x = 0; x < tile->n; x++) {
+        row[x] = base + tile->keys[x] * step;
+    }
+    for (int x = 0; x < tile->n && !in_place; x++) {
+        char *const to = copy + (size_t)x * bytes;
+        g->call->tile->load_rows(to, dim, row[x], v->dtype, 0, 1, (int)dim, 1.0);
+        row[x] = to;
+    }
+}
+
 void
 sa_tile_rows(const sa_group *g, sa_key_tile *tile, bool k_in_place, bool v_in_place)
 {
     const sa_problem *const p = g->call->p;
-    const sa_tile *const t = g->call->tile;
-    const size_t bytes = g->call->real_bytes;
-    for (int x = 0; x < tile->n; x++) {
-        const void *k = sa_view_row(p->k, g->b, g->g, tile->keys[x]);
-        const void *v = sa_view_row(p->v, g->b, g->g, tile->keys[x]);
-        if (!k_in_place) {
-            char *const to = g->s.k + (size_t)(x * p->dim) * bytes;
-            t->load_rows(to, p->dim, k, p->k.dtype, 0, 1, (int)p->dim, 1.0);
-            k = to;
-        }
-        if (!v_in_place) {
-            char *const to = g->s.v + (size_t)(x * p->dim_v) * bytes;
-            t->load_rows(to, p->dim_v, v, p->v.dtype, 0, 1, (int)p->dim_v, 1.0);
-            v = to;
-        }
-        tile->k_row[x] = k;
-        tile->v_row[x] = v;
-    }
+    row_addresses(g, tile, &p->k, p->dim, k_in_place, g->s.k, tile->k_row);
+    row_addresses(g, tile, &p->v, p->dim_v, v_in_place, g->s.v, tile->v_row);
 }
 
 void
@@ -110,14 +108,20 @@ enum {
     MOST_BLOCKS = 8,
 };
 
+int64_t
+sa_part_heads(const sa_problem *p, const sa_part *part)
+{
+    const int64_t heads = sa_common_divisor(p->heads / p->kv_heads, part->plan->heads_per_map);
+    return sa_common_divisor(heads, sa_common_divisor(part->head_begin, part->head_end));
+}
+
 /* Heads of a task share keys and map; token plans (one row a block) take 64 blocks a task. Of many
  * blocks some neighbours go to one task, because they share keys. */
 static sa_cut
 cut_part(const sa_problem *p, const sa_part *part)
 {
     sa_cut c;
-    c.heads = sa_common_divisor(p->heads / p->kv_heads, part->plan->heads_per_map);
-    c.heads = sa_common_divisor(c.heads, sa_common_divisor(part->head_begin, part->head_end));
+    c.heads = sa_part_heads(p, part);
     c.head_runs = (part->head_end - part->head_begin) / c.heads;
     c.blocks = SA_MAX(1, 64 / part->plan->rows_per_block);
     const int64_t all = p->batch * c.head_runs * part->plan->n_blocks;
@@ -127,8 +131,8 @@ cut_part(const sa_problem *p, const sa_part *part)
     return c;
 }
 
-static size_t
-take(sa_arena *arena, void *pointer, size_t bytes)
+size_t
+sa_take(sa_arena *arena, void *pointer, size_t bytes)
 {
     const size_t rounded = (bytes + SA_ALIGN - 1) / SA_ALIGN * SA_ALIGN + 2 * SA_ALIGN;
     if (arena != NULL) {
@@ -138,22 +142,21 @@ take(sa_arena *arena, void *pointer, size_t bytes)
     return rounded;
 }
 
-/* Carves a worker's scratch; with arena NULL only counts the bytes. */
-static size_t
-carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *s)
+size_t
+sa_attend_carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *s)
 {
     const size_t w = (size_t)call->tile->strip_max, rows = w * SA_GROUP_STRIPS,
                  real = call->real_bytes;
     const size_t dim = (size_t)call->p->dim, dim_v = (size_t)call->p->dim_v;
-    return take(arena, &s->query, rows * sizeof(sa_query)) + take(arena, &s->warm, rows) +
-           take(arena, &s->qt, rows * dim * real) + take(arena, &s->o, rows * dim_v * real) +
-           take(arena, &s->m, rows * real) + take(arena, &s->l, rows * real) +
-           take(arena, &s->s, (SA_TILE_KEYS + SA_TILE_STEP) * w * real) +
-           take(arena, &s->t, SA_TILE_KEYS * w * real) +
-           take(arena, &s->t_rows, SA_TILE_KEYS * w * real) +
-           take(arena, &s->k, SA_TILE_KEYS * dim * real) +
-           take(arena, &s->v, SA_TILE_KEYS * dim_v * real) + take(arena, &s->factor, w * real) +
-           take(arena, &s->lse, w * real);
+    return sa_take(arena, &s->query, rows * sizeof(sa_query)) + sa_take(arena, &s->warm, rows) +
+           sa_take(arena, &s->qt, rows * dim * real) + sa_take(arena, &s->o, rows * dim_v * real) +
+           sa_take(arena, &s->m, rows * real) + sa_take(arena, &s->l, rows * real) +
+           sa_take(arena, &s->s, (SA_TILE_KEYS + SA_TILE_STEP) * w * real) +
+           sa_take(arena, &s->t, SA_TILE_KEYS * w * real) +
+           sa_take(arena, &s->t_rows, SA_TILE_KEYS * w * real) +
+           sa_take(arena, &s->k, SA_TILE_KEYS * dim * real) +
+           sa_take(arena, &s->v, SA_TILE_KEYS * dim_v * real) +
+           sa_take(arena, &s->factor, w * real) + sa_take(arena, &s->lse, w * real);
 }
 
 sa_query
@@ -172,22 +175,19 @@ sa_group_query(const sa_group *g, int64_t head, int64_t i)
     return q;
 }
 
-/* All rows of one block for the heads [head, head + n): groups of as many strips as share a walk.
- */
-static void
-run_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_heads)
+void
+sa_group_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_heads)
 {
     const sa_plan *const plan = g->plan;
     const sa_tile *const t = g->call->tile;
-    const int64_t begin = plan->row_start[block],
-                  end = SA_MIN(begin + plan->rows_per_block, plan->n_q);
+    const int64_t begin = plan->row_start[block], end = sa_plan_block_end(plan, block);
     const int64_t rows = n_heads * (end - begin), most = (int64_t)t->strip_max * SA_GROUP_STRIPS;
     const bool few = rows <= t->lanes / 4;
     g->slot = g->map * plan->n_blocks + block;
     g->head = head;
     g->n_heads = n_heads;
-    g->next_begin = SA_MIN(end, plan->n_q);
-    g->next_end = last ? g->next_begin : SA_MIN(end + plan->rows_per_block, plan->n_q);
+    g->next_begin = end;
+    g->next_end = last ? end : sa_plan_block_end(plan, block + 1);
     for (int64_t first = 0; first < rows; first += most) {
         g->n_rows = (int)SA_MIN(most, rows - first);
         for (int r = 0; r < g->n_rows; r++) {
@@ -195,15 +195,25 @@ run_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_heads)
             g->s.query[r] =
                 sa_group_query(g, head + at / (end - begin), begin + at % (end - begin));
         }
-        (few ? sa_attend_rows : sa_attend_strips)(g);
+        g->run(g, few);
     }
+}
+
+static void
+run_group(sa_group *g, bool few)
+{
+    (few ? sa_attend_rows : sa_attend_strips)(g);
 }
 
 static sa_status
 run_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {
     const sa_attend_call *const call = arg;
-    sa_group g = {.ctx = ctx, .call = call, .piece = task % call->pieces, .worker = worker};
+    sa_group g = {
+        .ctx = ctx, .call = call, .piece = task % call->pieces, .worker = worker, .run = run_group};
+    const int64_t keys = call->pieces > 1 ? SA_PIECE_KEYS : call->p->n_k;
+    g.key_lo = (int32_t)(g.piece * keys);
+    g.key_hi = (int32_t)SA_MIN(call->p->n_k, g.key_lo + keys);
     int part = 0;
     task /= call->pieces;
     while (task >= call->cuts[part].tasks) {
@@ -220,7 +230,7 @@ run_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     g.masked = g.plan->term_mask && (call->p->mask.data != NULL || call->p->key_mask.data != NULL);
     g.terms = call->p->bias.data != NULL;
     sa_arena_reset(sa_scratch(ctx, worker));
-    carve(call, sa_scratch(ctx, worker), &g.s);
+    sa_attend_carve(call, sa_scratch(ctx, worker), &g.s);
     if (g.s.lse == NULL) {
         return sa_fail(ctx, SA_EINTERNAL, "attend: the scratch reserved is too small");
     }
@@ -230,7 +240,7 @@ run_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
         if (sa_stopped(ctx)) {
             break;
         }
-        run_block(&g, block, block + 1 == end, head, cut->heads);
+        sa_group_block(&g, block, block + 1 == end, head, cut->heads);
     }
     return SA_OK;
 }
@@ -263,8 +273,8 @@ join_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     return SA_OK;
 }
 
-static sa_status
-check_parts(sa_ctx *ctx, const sa_problem *p, const sa_part *parts, int n_parts)
+sa_status
+sa_parts_check(sa_ctx *ctx, const sa_problem *p, const sa_part *parts, int n_parts)
 {
     int64_t covered = 0;
     for (int i = 0; i < n_parts; i++) {
@@ -324,7 +334,7 @@ sa_attend(sa_ctx *ctx, sa_view out, sa_view lse, const sa_problem *p, const sa_p
     sa_attend_call call = {.p = p, .out = out, .lse = lse, .parts = parts, .n_parts = n_parts};
     sa_attend_scratch none;
     int64_t tasks = 0;
-    sa_status status = check_parts(ctx, p, parts, n_parts);
+    sa_status status = sa_parts_check(ctx, p, parts, n_parts);
     if (status != SA_OK || p->batch == 0 || p->n_q == 0) {
         return status;
     }
@@ -340,7 +350,7 @@ sa_attend(sa_ctx *ctx, sa_view out, sa_view lse, const sa_problem *p, const sa_p
     }
     status = reserve_pieces(ctx, &call, tasks);
     if (status == SA_OK) {
-        status = sa_scratch_reserve(ctx, carve(&call, NULL, &none) + 16 * SA_ALIGN);
+        status = sa_scratch_reserve(ctx, sa_attend_carve(&call, NULL, &none) + 16 * SA_ALIGN);
     }
     if (status == SA_OK) {
         status = sa_parallel(ctx, tasks * call.pieces, run_task, &call);

@@ -17,9 +17,9 @@ typedef struct {
     int64_t head_begin, head_end;
 } sa_part;
 
-/* out (batch, heads, n_q, dim_v) in the dtype of q; lse (batch, heads, n_q, 1) in the real type, or
- * data NULL. The parts cover every head once, in one parallel region. SA_EINVAL: shapes disagree
- * with a plan. SA_ENOMEM: before any output is written. */
+/* out (batch, heads, n_q, dim_v) in the dtype of q or the real type; lse (batch, heads, n_q, 1) in
+ * the real type, or data NULL. The parts cover every head once, in one parallel region. SA_EINVAL:
+ * shapes disagree with a plan. SA_ENOMEM: before any output is written. */
 sa_status sa_attend(sa_ctx *ctx, sa_view out, sa_view lse, const sa_problem *p,
                     const sa_part *parts, int n_parts);
 

@@ -68,17 +68,32 @@ typedef struct {
 } sa_cursor;
 
 /* One group of query rows of one block. */
-typedef struct {
+typedef struct sa_group {
     sa_ctx *ctx;
+    void (*run)(struct sa_group *g, bool few); /* what is done with a group */
     const sa_attend_call *call;
     const sa_plan *plan;
     sa_attend_scratch s;
     int64_t b, g, map, slot; /* batch, kv head, map of the plan, map * n_blocks + block */
     int64_t piece;
+    int32_t key_lo, key_hi;                      /* keys that the walk is about */
     int64_t head, n_heads, next_begin, next_end; /* query rows that this task takes next */
     int n_rows, worker;
     bool masked, terms;
 } sa_group;
+
+/* Takes bytes for *pointer from an arena; returns how many that costs. With arena NULL it only
+ * counts. */
+size_t sa_take(sa_arena *arena, void *pointer, size_t bytes);
+/* Carves a worker's scratch; with arena NULL only counts the bytes. */
+size_t sa_attend_carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *s);
+/* SA_EINVAL unless the parts cover every head once, in whole groups. */
+sa_status sa_parts_check(sa_ctx *ctx, const sa_problem *p, const sa_part *parts, int n_parts);
+/* Heads of a part that share keys and map. */
+int64_t sa_part_heads(const sa_problem *p, const sa_part *part);
+/* All rows of one block for the heads [head, head + n): g->run on groups of as many strips as share
+ * a walk. last: no block of the task comes after it. */
+void sa_group_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_heads);
 
 /* Row i of a head, with what it sees. */
 sa_query sa_group_query(const sa_group *g, int64_t head, int64_t i);
@@ -91,6 +106,35 @@ void sa_group_terms(const sa_group *g, int r, const sa_key_tile *tile, int x0, i
 /* Writes one row's (m, l, o) where it belongs: the partial of its piece. */
 char *sa_partial_row(const sa_attend_call *call, int64_t piece, int64_t b, const sa_query *q);
 void sa_lse_write(const sa_attend_call *call, int64_t b, const sa_query *q, const void *lse);
+
+/* First and one-past-last tile key that a row sees, relative to the tile. */
+static inline void
+sa_query_range(const sa_query *query, const sa_key_tile *tile, int32_t *lo, int32_t *hi)
+{
+    const bool band = tile->kind == SA_TILE_BAND;
+    const int64_t first = tile->keys[0];
+    const int64_t a = (band ? query->band_lo : query->see_lo) - first,
+                  b = (band ? query->band_hi : query->see_hi) - first;
+    *lo = (int32_t)SA_MIN(SA_MAX(a, 0), tile->n);
+    *hi = (int32_t)SA_MIN(SA_MAX(b, 0), tile->n);
+}
+
+/* Columns that hold so many rows, at most a strip. */
+static inline int
+sa_strip_width(const sa_tile *tile, int rows)
+{
+    return SA_MIN(tile->strip_max, (rows + tile->lanes - 1) / tile->lanes * tile->lanes);
+}
+
+/* Rows whose bytes fall on the same few sets of a 4096-byte cache way, as heads interleaved in a
+ * wide row do, are copied once a tile; so are rows of a storage type. */
+static inline bool
+sa_rows_in_place(const sa_view *v, int64_t dim, size_t real_bytes)
+{
+    const int64_t step = v->stride[2] * (int64_t)real_bytes;
+    return sa_dtype_size(v->dtype) == real_bytes &&
+           (step == dim * (int64_t)real_bytes || step % 1024 != 0);
+}
 
 void sa_attend_strips(sa_group *g); /* tile path */
 void sa_attend_rows(sa_group *g);   /* row path  */

@@ -16,7 +16,7 @@ typedef struct {
     sa_view dout;       /* (batch, heads, n_q, dim_v); data NULL: zeros                           */
     sa_view lse, delta; /* (batch, heads, n_q, 1), in the real type                               */
     sa_view dq, dk, dv; /* shapes of q, k, v in the real type; data NULL: not wanted              */
-    sa_view dbias;      /* (batch, heads, n_q, n_k) in the real type, strides 0 where bias was
+    sa_view dbias;      /* (batch, heads, n_q, n_k) in float32 or float64, strides 0 where bias was
                            broadcast: added to. data NULL: not wanted */
 } sa_attend_grads;
 

@@ -218,7 +218,7 @@ strip_end(const sa_group *g, int w, strip st)
     if (split) {
         t->fill(g->s.factor, w, 1.0);
     } else {
-        t->finish(g->s.factor, g->s.lse, st.m, st.l, st.rows);
+        t->finish(g->s.factor, call->lse.data != NULL ? g->s.lse : NULL, st.m, st.l, st.rows);
     }
     for (int r = 0; r < st.rows; r++) {
         const sa_query *const q = &g->s.query[st.first + r];

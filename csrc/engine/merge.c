@@ -1,6 +1,7 @@
 /* merge.c - joins normalised partial results over disjoint keys. [algorithms 0.8] */
 #include <math.h>
 
+#include "base/half.h"
 #include "base/threads.h"
 #include "engine/attend.h"
 
@@ -15,15 +16,32 @@ typedef struct {
 static double
 load(const void *row, sa_dtype dtype, int64_t at)
 {
-    return dtype == SA_F64 ? ((const double *)row)[at] : (double)((const float *)row)[at];
+    switch (dtype) {
+    case SA_F64:
+        return ((const double *)row)[at];
+    case SA_F16:
+        return sa_f16_to_f32(((const uint16_t *)row)[at]);
+    case SA_BF16:
+        return sa_bf16_to_f32(((const uint16_t *)row)[at]);
+    default:
+        return ((const float *)row)[at];
+    }
 }
 
 static void
 store(void *row, sa_dtype dtype, int64_t at, double x)
 {
-    if (dtype == SA_F64) {
+    switch (dtype) {
+    case SA_F64:
         ((double *)row)[at] = x;
-    } else {
+        break;
+    case SA_F16: /* by way of float32, in which halves are computed */
+        ((uint16_t *)row)[at] = sa_f32_to_f16((float)x);
+        break;
+    case SA_BF16:
+        ((uint16_t *)row)[at] = sa_f32_to_bf16((float)x);
+        break;
+    default:
         ((float *)row)[at] = (float)x;
     }
 }

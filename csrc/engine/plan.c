@@ -60,7 +60,9 @@ sa_plan_new(sa_ctx *ctx, const sa_plan *sizes, sa_plan **result)
         return sa_fail(ctx, SA_ENOMEM, "no memory for a plan");
     }
     *plan = *sizes;
-    plan->n_blocks = (plan->n_q + plan->rows_per_block - 1) / plan->rows_per_block;
+    if (sizes->n_blocks == 0) {
+        plan->n_blocks = (plan->n_q + plan->rows_per_block - 1) / plan->rows_per_block;
+    }
     plan->n_maps = (plan->per_batch ? plan->batch : 1) * (plan->heads / plan->heads_per_map);
     size_t slots = 0;
     const bool sane = sa_mul((size_t)plan->n_maps, (size_t)plan->n_blocks, &slots);
@@ -81,7 +83,7 @@ sa_plan_new(sa_ctx *ctx, const sa_plan *sizes, sa_plan **result)
         sa_plan_free(plan);
         return sa_fail(ctx, SA_ENOMEM, "no memory for a plan of %lld rows", (ll)sizes->n_q);
     }
-    for (int64_t b = 0; b < plan->n_blocks; b++) {
+    for (int64_t b = 0; sizes->n_blocks == 0 && b < plan->n_blocks; b++) {
         plan->row_start[b] = (int32_t)(b * plan->rows_per_block);
     }
     *result = plan;
@@ -127,9 +129,10 @@ check_scalars(sa_ctx *ctx, const sa_plan *plan)
         !sa_mul(pairs, (size_t)SA_MAX(plan->n_k, 1), &pairs) || pairs > INT64_MAX / 8) {
         return refuse(ctx, "batch, heads, n_q and n_k are too large together");
     }
-    if (plan->rows_per_block < 1 || plan->n_blocks != plan->n_q / plan->rows_per_block +
-                                                          (plan->n_q % plan->rows_per_block != 0)) {
-        return refuse(ctx, "n_blocks must be n_q / rows_per_block, rounded up");
+    if (plan->rows_per_block < 1 || plan->n_blocks > plan->n_q ||
+        plan->n_blocks <
+            plan->n_q / plan->rows_per_block + (plan->n_q % plan->rows_per_block != 0)) {
+        return refuse(ctx, "n_blocks must be n_q / rows_per_block, rounded up, or up to n_q");
     }
     if ((plan->see_maps != 1 && plan->see_maps != plan->batch) || plan->see_maps < 1 ||
         plan->see_lo == NULL || plan->see_hi == NULL) {
@@ -163,8 +166,11 @@ check_pointers(sa_ctx *ctx, const sa_plan *plan)
 {
     const int64_t slots = plan->n_maps * plan->n_blocks;
     for (int64_t b = 0; b < plan->n_blocks; b++) {
-        if (plan->row_start[b] != b * plan->rows_per_block) {
-            return refuse_at(ctx, "row_start must count up by rows_per_block from 0; it does not",
+        const int64_t start = plan->row_start[b], rows = sa_plan_block_end(plan, b) - start;
+        if ((b == 0 && start != 0) || rows < 1 || rows > plan->rows_per_block) {
+            return refuse_at(ctx,
+                             "row_start must begin at 0 and count up by 1 to rows_per_block; it "
+                             "does not",
                              b);
         }
     }
@@ -190,8 +196,7 @@ common_sight(const sa_plan *plan, int64_t m, int64_t block, int64_t *lo, int64_t
     const int64_t maps = plan->heads / plan->heads_per_map;
     const int64_t batch = plan->per_batch && plan->see_maps > 1 ? m / maps : 0;
     const int64_t last = plan->per_batch && plan->see_maps > 1 ? batch + 1 : plan->see_maps;
-    const int64_t begin = plan->row_start[block],
-                  end = SA_MIN(begin + plan->rows_per_block, plan->n_q);
+    const int64_t begin = plan->row_start[block], end = sa_plan_block_end(plan, block);
     *lo = 0;
     *hi = plan->n_k;
     for (int64_t b = batch; b < last; b++) {

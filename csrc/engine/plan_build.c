@@ -32,12 +32,18 @@ typedef struct {
     task_spans *tasks;
 } filling;
 
+/* Keys that some row's band holds, and those that every row's does, as far as it may see. */
+typedef struct {
+    int64_t any_lo, any_hi, all_lo, all_hi;
+} band_hull;
+
 struct sa_spans {
     const filling *f;
     const sa_plan_task *task;
     task_spans *result;
     span_list kind[3]; /* of the block under way */
     sa_row_block block;
+    band_hull hull;
     int64_t slot; /* map * n_blocks + block that comes next */
     bool open;
 };
@@ -142,6 +148,27 @@ block_of(const sa_plan_task *task, int64_t begin, int64_t end)
     return (sa_row_block){begin, end, all_lo, all_hi, any_lo, any_hi};
 }
 
+static band_hull
+hull_of(const sa_plan_task *task, const sa_row_block *rows)
+{
+    band_hull w = {task->problem->n_k, 0, rows->all_lo, rows->all_hi};
+    for (int64_t i = rows->begin; i < rows->end; i++) {
+        const int32_t lo = SA_MAX(task->band_lo[i], task->see_lo[i]),
+                      hi = SA_MIN(task->band_hi[i], task->see_hi[i]);
+        w.all_lo = SA_MAX(w.all_lo, lo);
+        w.all_hi = SA_MIN(w.all_hi, hi);
+        if (lo < hi) {
+            w.any_lo = SA_MIN(w.any_lo, lo);
+            w.any_hi = SA_MAX(w.any_hi, hi);
+        }
+    }
+    w.all_hi = SA_MAX(w.all_hi, w.all_lo);
+    if (w.all_hi < w.any_hi) { /* the band span that follows takes the ragged tail */
+        w.all_hi -= (w.all_hi - w.all_lo) % GRID;
+    }
+    return w;
+}
+
 sa_status
 sa_spans_block(sa_spans *spans, sa_row_block *block)
 {
@@ -150,8 +177,11 @@ sa_spans_block(sa_spans *spans, sa_row_block *block)
     if (status != SA_OK) {
         return status;
     }
-    const int64_t begin = spans->slot % plan->n_blocks * plan->rows_per_block;
-    spans->block = block_of(spans->task, begin, SA_MIN(begin + plan->rows_per_block, plan->n_q));
+    const int64_t at = spans->slot % plan->n_blocks;
+    spans->block = block_of(spans->task, plan->row_start[at], sa_plan_block_end(plan, at));
+    if (spans->task->band_lo != NULL) {
+        spans->hull = hull_of(spans->task, &spans->block);
+    }
     spans->open = true;
     *block = spans->block;
     return SA_OK;
@@ -197,6 +227,20 @@ sa_spans_seen(sa_spans *spans, int64_t start, int64_t end)
     sa_status status = sa_spans_add(spans, SA_SPAN_SEE, start, first);
     status = status ? status : sa_spans_add(spans, SA_SPAN_FULL, first, last);
     return status ? status : sa_spans_add(spans, SA_SPAN_SEE, last, end);
+}
+
+sa_status
+sa_spans_banded(sa_spans *spans, int64_t start, int64_t end)
+{
+    const band_hull *const w = &spans->hull;
+    const int64_t lo = SA_MAX(start, w->any_lo), hi = SA_MIN(end, w->any_hi);
+    const int64_t a = SA_MIN(SA_MAX(w->all_lo, lo), hi), z = SA_MIN(SA_MAX(w->all_hi, a), hi);
+    if (a >= z) {
+        return sa_spans_add(spans, SA_SPAN_BAND, lo, hi);
+    }
+    sa_status status = sa_spans_add(spans, SA_SPAN_BAND, lo, a);
+    status = status ? status : sa_spans_add(spans, SA_SPAN_FULL, a, z);
+    return status ? status : sa_spans_add(spans, SA_SPAN_BAND, z, hi);
 }
 
 sa_status
@@ -377,9 +421,9 @@ sizes_of(const sa_problem *p, const sa_planner *planner, const void *opts, const
     };
 }
 
-static sa_status
-build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const void *opts,
-      const sa_sight *sight, sa_plan **result)
+sa_status
+sa_plan_build_under(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const void *opts,
+                    const sa_sight *sight, sa_plan **result)
 {
     const bool filtered = !planner->applies_mask && (sight->mask || sight->key_mask);
     const sa_plan sizes = sizes_of(p, planner, opts, sight, filtered);
@@ -423,7 +467,7 @@ sa_plan_build(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner, const
     if (status != SA_OK) {
         return status;
     }
-    status = build(ctx, p, planner, opts, &sight, plan);
+    status = sa_plan_build_under(ctx, p, planner, opts, &sight, plan);
     sa_sight_free(&sight);
     return status;
 }

@@ -4,8 +4,9 @@
 
 #include "engine/planner.h"
 
-/* A plan with the scalars of `sizes` (n_blocks and n_maps follow from the others), row_start, room
- * for the pointers and the intervals of rows; band_maps 0: no bands. No spans yet. SA_ENOMEM. */
+/* A plan with the scalars of `sizes` (n_maps follows from the others), room for row_start, for the
+ * pointers and the intervals of rows; band_maps 0: no bands. No spans yet. With sizes->n_blocks 0
+ * there are as few blocks as can be, and row_start is filled. SA_ENOMEM. */
 sa_status sa_plan_new(sa_ctx *ctx, const sa_plan *sizes, sa_plan **plan);
 
 /* Emits all rows of all maps in parallel, `rows` rows a task, and joins the spans in order. */
@@ -19,6 +20,10 @@ typedef struct {
     size_t scratch; /* bytes a worker                               */
 } sa_plan_job;
 sa_status sa_plan_fill(sa_ctx *ctx, sa_plan *plan, const sa_plan_job *job);
+
+/* sa_plan_build where what rows may see is known: masks of p are read as far as `sight` says. */
+sa_status sa_plan_build_under(sa_ctx *ctx, const sa_problem *p, const sa_planner *planner,
+                              const void *opts, const sa_sight *sight, sa_plan **plan);
 
 /* SA_EINVAL unless the plan was made for sizes like these. */
 sa_status sa_plan_fits(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p);

@@ -57,8 +57,8 @@ sa_plan_to_mask(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p, int64_t b
 /* A count goes over `batches` x `groups` x row chunks; what all batches or all heads share is
  * counted once and multiplied. */
 typedef struct {
-    const sa_plan *plan; /* NULL: count what the sight shows */
-    const sa_sight *sight;
+    const sa_plan *plan;
+    const sa_sight *sight; /* not NULL: count what this shows of the plan's see intervals */
     const sa_problem *p;
     int64_t batches, groups, chunks;
     int64_t group_heads;  /* heads of a group that are looked at one by one */
@@ -109,9 +109,11 @@ union_keys(const counting *c, uint64_t *bits, int64_t b, int64_t h, int64_t n, i
 static int64_t
 sight_keys(const counting *c, int64_t b, int64_t h, int64_t i)
 {
-    const int64_t at = (c->sight->maps > 1 ? b * c->p->n_q : 0) + i;
+    const int64_t at = (c->sight->maps > 1 ? b * c->p->n_q : 0) + i,
+                  see = (c->plan->see_maps > 1 ? b * c->p->n_q : 0) + i;
     return sa_row_bits_count(sa_row_bits_of(c->p, c->sight->mask, c->sight->key_mask, b, h, i),
-                             c->sight->lo[at], c->sight->hi[at]);
+                             SA_MAX(c->sight->lo[at], c->plan->see_lo[see]),
+                             SA_MIN(c->sight->hi[at], c->plan->see_hi[see]));
 }
 
 static sa_status
@@ -133,7 +135,7 @@ count_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
         memset(bits, 0, (size_t)(c->p->n_k / 64 + 1) * sizeof *bits);
     }
     for (int64_t i = begin; i < end; i++) {
-        if (c->plan == NULL) {
+        if (c->sight != NULL) {
             part->visible += sight_keys(c, b, g, i);
         } else if (c->group_heads > 1) {
             union_keys(c, bits, b, g * c->group_heads, c->group_heads, i, part);
@@ -176,17 +178,21 @@ varies(sa_view v, int axis, bool read)
     return read && v.data != NULL && v.size[axis] > 1 && v.stride[axis] != 0;
 }
 
+/* Causality is in the plan's intervals: it may begin anew in each sequence of a packed call. */
 static sa_status
-count_visible(sa_ctx *ctx, const sa_problem *p, int64_t *visible)
+count_visible(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p, int64_t *visible)
 {
+    sa_problem masks = *p;
     sa_sight sight;
-    sa_status status = sa_sight_make(ctx, p, &sight);
+    masks.causal = SA_CAUSAL_NONE;
+    sa_status status = sa_sight_make(ctx, &masks, &sight);
     if (status != SA_OK) {
         return status;
     }
-    const bool by_batch =
-        sight.maps > 1 || varies(p->mask, 0, sight.mask) || varies(p->key_mask, 0, sight.key_mask);
+    const bool by_batch = plan->see_maps > 1 || sight.maps > 1 || varies(p->mask, 0, sight.mask) ||
+                          varies(p->key_mask, 0, sight.key_mask);
     counting c = {
+        .plan = plan,
         .sight = &sight,
         .p = p,
         .batches = by_batch ? p->batch : 1,
@@ -223,7 +229,7 @@ sa_plan_count(sa_ctx *ctx, const sa_plan *plan, const sa_problem *p, sa_plan_cou
         .group_heads = by_group ? group : 1,
     };
     status = run_count(ctx, &c, &sum);
-    status = status ? status : count_visible(ctx, p, &visible);
+    status = status ? status : count_visible(ctx, plan, p, &visible);
     const int64_t batches = plan->batch / c.batches;
     if (c.group_heads > 1) {
         counts->kept = sum.kept * batches;

@@ -6,7 +6,7 @@ sa_row_runs_start(sa_row_runs *runs, const sa_plan *plan, const sa_problem *p, i
                   int64_t i)
 {
     const int64_t map = sa_plan_map(plan, b, h),
-                  slot = map * plan->n_blocks + i / plan->rows_per_block;
+                  slot = map * plan->n_blocks + sa_plan_block_of(plan, i);
     const int64_t see = (plan->see_maps > 1 ? b * plan->n_q : 0) + i;
     const int32_t lo = plan->see_lo[see], hi = plan->see_hi[see];
     *runs = (sa_row_runs){

@@ -65,6 +65,8 @@ sa_status sa_spans_block(sa_spans *spans, sa_row_block *block);
 sa_status sa_spans_add(sa_spans *spans, sa_span_kind kind, int64_t start, int64_t end);
 /* [start, end) as far as each row sees it: a full span where all rows do, see spans around it. */
 sa_status sa_spans_seen(sa_spans *spans, int64_t start, int64_t end);
+/* [start, end) as far as each row has it in its band: likewise, with band spans. */
+sa_status sa_spans_banded(sa_spans *spans, int64_t start, int64_t end);
 /* emit of a pattern that shows every key: full spans up to the diagonal, then one see span. */
 sa_status sa_spans_everything(const sa_plan_task *task, sa_spans *spans);
 /* One row with n single keys base + keys[0..n), ascending. They become full spans. */
@@ -80,5 +82,11 @@ sa_status sa_plan_build(sa_ctx *ctx, const sa_problem *p, const sa_planner *plan
 /* A plan of a boolean mask array: full blocks, and see spans read through the mask, or intervals
  * alone where they say it all. Only p->mask is read; its sizes are the plan's. */
 sa_status sa_plan_from_mask(sa_ctx *ctx, const sa_problem *p, sa_plan **plan);
+
+/* A plan of one interval a row: row i of batch entry b sees lo[b, i] <= j < hi[b, i], or lo[i] and
+ * hi[i] where maps is 1. lo, hi [maps, n_q] are copied, then checked. Of p only the sizes are read.
+ */
+sa_status sa_plan_from_intervals(sa_ctx *ctx, const sa_problem *p, int64_t maps, const int64_t *lo,
+                                 const int64_t *hi, sa_plan **plan);
 
 #endif

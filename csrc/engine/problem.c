@@ -55,13 +55,16 @@ check_range(sa_ctx *ctx, const char *what, int64_t value, int64_t min, int64_t m
 static sa_status
 check_tensor(sa_ctx *ctx, const sa_problem *p, const char *name, sa_view v)
 {
-    if (v.dtype != SA_F32 && v.dtype != SA_F64) {
-        return sa_fail(ctx, SA_ETYPE, "%s must be float32 or float64; convert it first", name);
+    static const char *const names[] = {"float32", "float64", "float16", "bfloat16"};
+    if (v.dtype > SA_BF16) {
+        return sa_fail(ctx, SA_ETYPE,
+                       "%s must be float32, float64, float16 or bfloat16; convert it first", name);
     }
-    if (v.dtype != p->q.dtype) {
-        return sa_fail(ctx, SA_ETYPE, "%s is %s but q is %s; give q, k and v one dtype", name,
-                       v.dtype == SA_F64 ? "float64" : "float32",
-                       p->q.dtype == SA_F64 ? "float64" : "float32");
+    if (v.dtype != p->q.dtype && (v.dtype == SA_F64 || p->q.dtype == SA_F64)) {
+        return sa_fail(ctx, SA_ETYPE,
+                       "%s is %s but q is %s, and float64 goes with float64 alone; convert one of "
+                       "them",
+                       name, names[v.dtype], names[p->q.dtype]);
     }
     if (v.size[3] > 1 && v.stride[3] != 1) {
         return sa_fail(
@@ -168,8 +171,8 @@ check_terms(sa_ctx *ctx, const sa_problem *p)
         bool keys_only;
     } terms[] = {
         {"mask", "bool (True = may attend)", p->mask, SA_BOOL, false},
-        {"bias", p->q.dtype == SA_F64 ? "float64 as q is" : "float32 as q is", p->bias, p->q.dtype,
-         false},
+        {"bias", p->q.dtype == SA_F64 ? "float64 as q is" : "float32", p->bias,
+         sa_real_of(p->q.dtype), false},
         {"key_mask", "bool (True = a real key)", p->key_mask, SA_BOOL, true},
     };
     for (size_t t = 0; t < sizeof terms / sizeof *terms; t++) {
@@ -207,7 +210,7 @@ check_sink(sa_ctx *ctx, const sa_problem *p)
     if (v.data == NULL) {
         return SA_OK;
     }
-    if (v.dtype != (sa_real_is_f64(p->q.dtype) ? SA_F64 : SA_F32)) {
+    if (v.dtype != sa_real_of(p->q.dtype)) {
         return sa_fail(ctx, SA_ETYPE, "sink must be %s; convert it first",
                        sa_real_is_f64(p->q.dtype) ? "float64 as q is" : "float32");
     }

@@ -11,8 +11,8 @@ typedef enum { SA_CAUSAL_NONE = 0, SA_CAUSAL_BOTTOM_RIGHT, SA_CAUSAL_TOP_LEFT } 
 
 /* q (batch, heads, n_q, dim); k (batch, kv_heads, n_k, dim); v (batch, kv_heads, n_k, dim_v);
  * out (batch, heads, n_q, dim_v); lse (batch, heads, n_q, 1) in the real type: float64 for f64
- * inputs, else float32. q, k, v, out share one dtype. Query head h reads kv head h kv_heads /
- * heads. */
+ * inputs, else float32. out has the dtype of q, or the real type; k and v each have the real type,
+ * or float16 or bfloat16 where that is float32. Query head h reads kv head h kv_heads / heads. */
 typedef struct {
     sa_view q, k, v;
     sa_view mask;     /* bool (batch, heads, n_q, n_k), 0 strides where broadcast, true = sees */
@@ -49,6 +49,19 @@ static inline bool
 sa_real_is_f64(sa_dtype dtype)
 {
     return dtype == SA_F64;
+}
+
+/* What a storage type is computed in. */
+static inline sa_dtype
+sa_real_of(sa_dtype dtype)
+{
+    return dtype == SA_F64 ? SA_F64 : SA_F32;
+}
+
+static inline size_t
+sa_real_size(sa_dtype dtype)
+{
+    return sa_dtype_size(sa_real_of(dtype));
 }
 
 #endif

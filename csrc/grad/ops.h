@@ -43,4 +43,7 @@ sa_status sa_op_kl(sa_ctx *ctx, sa_dtype dtype, double *kl, const void *base, co
 /* to = from widened, elementwise over count; dtype SA_F16 or SA_BF16 */
 sa_status sa_op_widen(sa_ctx *ctx, float *to, const void *from, sa_dtype dtype, int64_t count);
 
+/* to = from rounded to nearest even, elementwise over count; dtype SA_F16 or SA_BF16, of to */
+sa_status sa_op_narrow(sa_ctx *ctx, void *to, sa_dtype dtype, const float *from, int64_t count);
+
 #endif

@@ -1,4 +1,5 @@
-/* ops_pointwise.c - activations, sums and widening, elementwise. */
+/* ops_pointwise.c - activations, sums, widening and narrowing, elementwise. */
+#include "base/half.h"
 #include "grad/chunks.h"
 #include "grad/ops.h"
 #include "tile/tile.h"
@@ -7,7 +8,7 @@ typedef struct {
     void *y;
     const void *x, *z; /* z: the gate, or the second term */
     int64_t count;
-    sa_dtype dtype; /* of x */
+    sa_dtype dtype; /* of x; of y where x is narrowed */
     sa_activation act;
     const sa_rows *table;
     const sa_tile *tile;
@@ -92,4 +93,31 @@ sa_op_widen(sa_ctx *ctx, float *to, const void *from, sa_dtype dtype, int64_t co
     pointwise_job job = {.y = to, .x = from, .count = count, .dtype = dtype};
     job.tile = sa_tile_for(false);
     return sa_chunk_run(ctx, count, SA_CHUNK, widen_part, &job);
+}
+
+static sa_status
+narrow_part(sa_ctx *ctx, void *arg, int64_t task, int worker)
+{
+    const pointwise_job *const j = arg;
+    const part p = part_of(j, task);
+    uint16_t *const y = (uint16_t *)j->y + p.first;
+    const float *const x = (const float *)j->x + p.first;
+    (void)ctx, (void)worker;
+    if (j->dtype == SA_F16) {
+        for (int64_t i = 0; i < p.n; i++) {
+            y[i] = sa_f32_to_f16(x[i]);
+        }
+    } else {
+        for (int64_t i = 0; i < p.n; i++) {
+            y[i] = sa_f32_to_bf16(x[i]);
+        }
+    }
+    return SA_OK;
+}
+
+sa_status
+sa_op_narrow(sa_ctx *ctx, void *to, sa_dtype dtype, const float *from, int64_t count)
+{
+    pointwise_job job = {.y = to, .x = from, .count = count, .dtype = dtype};
+    return sa_chunk_run(ctx, count, SA_CHUNK, narrow_part, &job);
 }

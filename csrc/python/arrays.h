@@ -16,6 +16,8 @@
 /* Which dtypes an argument takes: bits of sa_dtype. uint16 stands for bfloat16. */
 #define PY_DTYPE(dtype) (1u << (dtype))
 #define PY_REAL (PY_DTYPE(SA_F32) | PY_DTYPE(SA_F64))
+#define PY_HALF (PY_DTYPE(SA_F16) | PY_DTYPE(SA_BF16))
+#define PY_STORED (PY_REAL | PY_HALF)
 
 enum {
     PY_OPTIONAL = 1,   /* None gives a view with data NULL                             */

@@ -60,12 +60,15 @@ py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arr
     const double any = INFINITY; /* the core refuses what is not finite */
     int64_t causal;
 
-    if (!PyTuple_Check(tuple) || (PyTuple_GET_SIZE(tuple) != 6 && PyTuple_GET_SIZE(tuple) != 9)) {
+    const Py_ssize_t size = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : 0;
+
+    if (size != 6 && size != 9 && size != 10) {
         PyErr_SetString(call->state->dtype,
                         "problem must be a tuple (causal, scale, softcap, mask, bias, key_mask) "
-                        "and perhaps (dropout_p, seed, sink)");
+                        "and perhaps (dropout_p, seed, sink) and cu_seqlens");
         return -1;
     }
+    arrays->cu_seqlens = size == 10 ? PyTuple_GET_ITEM(tuple, 9) : Py_None;
     arrays->mask = PyTuple_GET_ITEM(tuple, 3);
     arrays->bias = PyTuple_GET_ITEM(tuple, 4);
     arrays->key_mask = PyTuple_GET_ITEM(tuple, 5);
@@ -74,7 +77,7 @@ py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arr
         py_real(call, PyTuple_GET_ITEM(tuple, 2), "softcap", -any, any, &p->softcap) < 0 ||
         py_masks(call, arrays->mask, arrays->key_mask, p) < 0 ||
         py_view(call, arrays->bias, "bias", 4, PY_REAL, PY_OPTIONAL | PY_ANY_LAST, &p->bias) < 0 ||
-        (PyTuple_GET_SIZE(tuple) == 9 && read_extras(call, tuple, p) < 0)) {
+        (size > 6 && read_extras(call, tuple, p) < 0)) {
         return -1;
     }
     p->causal = (sa_causal)causal;
@@ -185,11 +188,11 @@ read_parts(py_call *call, PyObject *object, sa_problem *p, sa_part **parts, int 
     return 0;
 }
 
-/* lse (batch, heads, n_q) as a view with a last axis of 1. */
-static int
-read_lse(py_call *call, PyObject *object, unsigned dtypes, unsigned flags, sa_view *lse)
+int
+py_row_view(py_call *call, PyObject *object, const char *name, unsigned dtypes, unsigned flags,
+            sa_view *lse)
 {
-    if (py_view(call, object, "lse", 3, dtypes, flags | PY_ANY_LAST, lse) < 0) {
+    if (py_view(call, object, name, 3, dtypes, flags | PY_ANY_LAST, lse) < 0) {
         return -1;
     }
     if (lse->data) { /* (1, B, H, n_q) to (B, H, n_q, 1) */
@@ -199,13 +202,16 @@ read_lse(py_call *call, PyObject *object, unsigned dtypes, unsigned flags, sa_vi
     }
     return 0;
 }
-/* out (batch, heads, n_q, dim_v) and lse (batch, heads, n_q). */
+/* out (batch, heads, n_q, dim_v), stored as dtype or in its real type, and lse (batch, heads, n_q).
+ */
 static int
 read_outputs(py_call *call, PyObject *out_object, PyObject *lse_object, const int64_t size[4],
              sa_dtype dtype, sa_view *out, sa_view *lse)
 {
-    if (py_view(call, out_object, "out", 4, PY_DTYPE(dtype), PY_WRITE, out) < 0 ||
-        read_lse(call, lse_object, PY_DTYPE(dtype), PY_OPTIONAL | PY_WRITE, lse) < 0) {
+    const unsigned real = PY_DTYPE(sa_real_of(dtype));
+
+    if (py_view(call, out_object, "out", 4, real | PY_DTYPE(dtype), PY_WRITE, out) < 0 ||
+        py_row_view(call, lse_object, "lse", real, PY_OPTIONAL | PY_WRITE, lse) < 0) {
         return -1;
     }
     for (int axis = 0; axis < 4; axis++) {
@@ -231,22 +237,36 @@ outputs_apart(py_call *call, PyObject *out, PyObject *lse, PyObject *const *inpu
     return 0;
 }
 
-static int
-attend_begin(py_call *call, PyObject *const *args, sa_problem *p, sa_part **parts, int *n_parts)
+int
+py_attend_inputs(py_call *call, PyObject *const *args, py_attend_call *in)
+{
+    sa_problem *p = &in->p;
+
+    return py_view(call, args[0], "q", 4, PY_STORED, 0, &p->q) < 0 ||
+                   py_view(call, args[1], "k", 4, PY_STORED, 0, &p->k) < 0 ||
+                   py_view(call, args[2], "v", 4, PY_STORED, 0, &p->v) < 0 ||
+                   py_problem(call, args[4], p, &in->given) < 0 ||
+                   read_parts(call, args[3], p, &in->parts, &in->n_parts) < 0 ||
+                   /* the plans' masks as well */
+                   py_call_status(call, sa_problem_check(call->ctx, p)) < 0
+               ? -1
+               : 0;
+}
+
+int
+py_output_apart(py_call *call, PyObject *out, const char *name, PyObject *const *args,
+                const py_attend_call *in)
 {
     static const char *const names[] = {"q", "k", "v", "mask", "bias", "key_mask"};
-    py_problem_arrays given;
+    PyObject *const inputs[] = {args[0],        args[1],        args[2],
+                                in->given.mask, in->given.bias, in->given.key_mask};
 
-    if (py_view(call, args[0], "q", 4, PY_REAL, 0, &p->q) < 0 ||
-        py_view(call, args[1], "k", 4, PY_REAL, 0, &p->k) < 0 ||
-        py_view(call, args[2], "v", 4, PY_REAL, 0, &p->v) < 0 ||
-        py_problem(call, args[4], p, &given) < 0 ||
-        read_parts(call, args[3], p, parts, n_parts) < 0 ||
-        py_call_status(call, sa_problem_check(call->ctx, p)) < 0) { /* the plans' masks as well */
-        return -1;
+    for (int i = 0; i < 6; i++) {
+        if (py_no_overlap(call, out, name, inputs[i], names[i]) < 0) {
+            return -1;
+        }
     }
-    PyObject *const inputs[] = {args[0], args[1], args[2], given.mask, given.bias, given.key_mask};
-    return outputs_apart(call, args[5], args[6], inputs, names, 6);
+    return 0;
 }
 
 PyDoc_STRVAR(attend_doc, "attend(q, k, v, parts, problem, out, lse, /)\n--\n\n"
@@ -258,27 +278,28 @@ py_attend(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     py_call call;
     PyObject *result = NULL;
-    sa_problem p = {0};
-    sa_part *parts = NULL;
-    int n_parts = 0;
+    py_attend_call in = {0};
     sa_view out, lse;
 
     if (py_call_begin(&call, module, "attend", nargs, 7) < 0 ||
-        attend_begin(&call, args, &p, &parts, &n_parts) < 0) {
+        py_attend_inputs(&call, args, &in) < 0 ||
+        py_output_apart(&call, args[5], "out", args, &in) < 0 ||
+        py_output_apart(&call, args[6], "lse", args, &in) < 0) {
         goto done;
     }
-    const int64_t size[] = {p.batch, p.heads, p.n_q, p.dim_v};
-    if (read_outputs(&call, args[5], args[6], size, p.q.dtype, &out, &lse) < 0) {
+    const sa_problem *const p = &in.p;
+    const int64_t size[] = {p->batch, p->heads, p->n_q, p->dim_v};
+    if (read_outputs(&call, args[5], args[6], size, p->q.dtype, &out, &lse) < 0) {
         goto done;
     }
     py_call_detach(&call);
-    const sa_status status = sa_attend(call.ctx, out, lse, &p, parts, n_parts);
+    const sa_status status = sa_attend(call.ctx, out, lse, p, in.parts, in.n_parts);
     py_call_attach(&call);
     if (py_call_status(&call, status) == 0) {
         result = Py_NewRef(Py_None);
     }
 done:
-    sa_free(parts);
+    sa_free(in.parts);
     py_call_end(&call);
     return result;
 }
@@ -288,8 +309,8 @@ static int
 read_merge_parts(py_call *call, PyObject *outs, PyObject *lses, Py_ssize_t n, sa_view *views)
 {
     for (Py_ssize_t a = 0; a < n; a++) {
-        if (py_view(call, PyTuple_GET_ITEM(outs, a), "outs", 4, PY_REAL, 0, &views[a]) < 0 ||
-            read_lse(call, PyTuple_GET_ITEM(lses, a), PY_REAL, 0, &views[n + a]) < 0) {
+        if (py_view(call, PyTuple_GET_ITEM(outs, a), "outs", 4, PY_STORED, 0, &views[a]) < 0 ||
+            py_row_view(call, PyTuple_GET_ITEM(lses, a), "lse", PY_REAL, 0, &views[n + a]) < 0) {
             return -1;
         }
     }
@@ -350,7 +371,7 @@ static sa_status
 score_chunks(sa_ctx *ctx, const sa_problem *p, const int64_t at[4], char *out)
 {
     const int64_t rows = SA_MIN(SCORE_ROWS, at[3] - at[2]);
-    const size_t row_bytes = (size_t)p->n_k * sa_dtype_size(p->q.dtype);
+    const size_t row_bytes = (size_t)p->n_k * sa_real_size(p->q.dtype);
     sa_status status = sa_scratch_reserve(ctx, sa_score_rows_scratch(p, rows));
 
     for (int64_t i = at[2]; i < at[3] && status == SA_OK; i += rows) {
@@ -377,8 +398,8 @@ py_score_rows(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     int64_t at[4];
 
     if (py_call_begin(&call, module, "score_rows", nargs, 7) < 0 ||
-        py_view(&call, args[0], "q", 4, PY_REAL, 0, &p.q) < 0 ||
-        py_view(&call, args[1], "k", 4, PY_REAL, 0, &p.k) < 0 ||
+        py_view(&call, args[0], "q", 4, PY_STORED, 0, &p.q) < 0 ||
+        py_view(&call, args[1], "k", 4, PY_STORED, 0, &p.k) < 0 ||
         py_problem(&call, args[2], &p, &given) < 0 ||
         py_int(&call, args[3], "b", 0, p.batch - 1, &at[0]) < 0 ||
         py_int(&call, args[4], "h", 0, p.heads - 1, &at[1]) < 0 ||

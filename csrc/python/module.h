@@ -60,6 +60,7 @@ extern PyMethodDef py_call_methods[];    /* call.c: attend, merge, scores       
 extern PyMethodDef py_plan_methods[];    /* plans.c: build, combine, describe       */
 extern PyMethodDef py_runtime_methods[]; /* runtime.c: threads, ISA, memory         */
 extern PyMethodDef py_bench_methods[];   /* bench.c: what the benchmarks call       */
+extern PyMethodDef py_grad_methods[];    /* grads.c: gradients of attention          */
 extern PyMethodDef sa_ops_methods[];     /* ops.c: operators of models              */
 extern PyType_Spec py_plan_spec;         /* plan_type.c                             */
 

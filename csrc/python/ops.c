@@ -6,8 +6,6 @@
 #include "engine/gemm.h"
 #include "grad/ops.h"
 
-enum { HALVES = PY_DTYPE(SA_F16) | PY_DTYPE(SA_BF16) };
-
 /* -1 unless the array has x's dtype. */
 static int
 same_dtype(py_call *call, const sa_view *view, const char *arg, const sa_view *x)
@@ -70,7 +68,7 @@ read_linear(py_call *call, PyObject *const *args, sa_gemm_args *g)
     const int transposed = PyObject_IsTrue(args[4]);
 
     if (transposed < 0 || py_view(call, args[0], "x", 2, PY_REAL, 0, &x) < 0 ||
-        py_view(call, args[1], "w", 2, PY_REAL | HALVES, 0, &w) < 0 ||
+        py_view(call, args[1], "w", 2, PY_STORED, 0, &w) < 0 ||
         read_dense(call, args[2], "bias", 1, PY_OPTIONAL, &bias) < 0 ||
         py_view(call, args[3], "out", 2, PY_REAL, PY_WRITE, &out) < 0) {
         return -1;
@@ -425,6 +423,21 @@ done:
     return result;
 }
 
+static int
+read_half(py_call *call, PyObject *kind, sa_dtype *dtype)
+{
+    if (PyUnicode_Check(kind) && PyUnicode_CompareWithASCIIString(kind, "f16") == 0) {
+        *dtype = SA_F16;
+        return 0;
+    }
+    if (PyUnicode_Check(kind) && PyUnicode_CompareWithASCIIString(kind, "bf16") == 0) {
+        *dtype = SA_BF16;
+        return 0;
+    }
+    PyErr_Format(call->state->argument, "kind must be 'f16' or 'bf16', got %R", kind);
+    return -1;
+}
+
 PyDoc_STRVAR(widen_doc, "widen(src, kind, out, /)\n--\n\n"
                         "Bit patterns src (n,) of uint16 as float32 in out (n,); kind: 'f16' or "
                         "'bf16'.");
@@ -435,24 +448,48 @@ py_widen(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     py_call call;
     PyObject *result = NULL;
     sa_view src, out;
+    sa_dtype kind;
 
     if (py_call_begin(&call, module, "widen", nargs, 3) < 0 ||
         py_view(&call, args[0], "src", 1, PY_DTYPE(SA_BF16), PY_CONTIGUOUS, &src) < 0 ||
         py_view(&call, args[2], "out", 1, PY_DTYPE(SA_F32), PY_CONTIGUOUS | PY_WRITE, &out) < 0 ||
         py_view_size(&call, &out, "out", 3, src.size[3]) < 0 ||
-        py_no_overlap(&call, args[2], "out", args[0], "src") < 0) {
-        goto done;
-    }
-    const bool f16 =
-        PyUnicode_Check(args[1]) && PyUnicode_CompareWithASCIIString(args[1], "f16") == 0;
-    if (!f16 &&
-        !(PyUnicode_Check(args[1]) && PyUnicode_CompareWithASCIIString(args[1], "bf16") == 0)) {
-        PyErr_Format(call.state->argument, "kind must be 'f16' or 'bf16', got %R", args[1]);
+        py_no_overlap(&call, args[2], "out", args[0], "src") < 0 ||
+        read_half(&call, args[1], &kind) < 0) {
         goto done;
     }
     py_call_detach(&call);
-    const sa_status status =
-        sa_op_widen(call.ctx, out.data, src.data, f16 ? SA_F16 : SA_BF16, src.size[3]);
+    const sa_status status = sa_op_widen(call.ctx, out.data, src.data, kind, src.size[3]);
+    py_call_attach(&call);
+    result = finish(&call, status);
+done:
+    py_call_end(&call);
+    return result;
+}
+
+PyDoc_STRVAR(narrow_doc, "narrow(src, kind, out, /)\n--\n\n"
+                         "src (n,) of float32, rounded to nearest even, in out (n,); kind: 'f16', "
+                         "into float16 or uint16, or 'bf16', into uint16.");
+
+static PyObject *
+py_narrow(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    py_call call;
+    PyObject *result = NULL;
+    sa_view src, out;
+    sa_dtype kind;
+
+    if (py_call_begin(&call, module, "narrow", nargs, 3) < 0 ||
+        py_view(&call, args[0], "src", 1, PY_DTYPE(SA_F32), PY_CONTIGUOUS, &src) < 0 ||
+        read_half(&call, args[1], &kind) < 0 ||
+        py_view(&call, args[2], "out", 1, PY_DTYPE(kind) | PY_DTYPE(SA_BF16),
+                PY_CONTIGUOUS | PY_WRITE, &out) < 0 ||
+        py_view_size(&call, &out, "out", 3, src.size[3]) < 0 ||
+        py_no_overlap(&call, args[2], "out", args[0], "src") < 0) {
+        goto done;
+    }
+    py_call_detach(&call);
+    const sa_status status = sa_op_narrow(call.ctx, out.data, kind, src.data, src.size[3]);
     py_call_attach(&call);
     result = finish(&call, status);
 done:
@@ -470,5 +507,6 @@ PyMethodDef sa_ops_methods[] = {
     {"nll", PY_FAST(py_nll), nll_doc},
     {"kl", PY_FAST(py_kl), kl_doc},
     {"widen", PY_FAST(py_widen), widen_doc},
+    {"narrow", PY_FAST(py_narrow), narrow_doc},
     {0},
 };

@@ -53,6 +53,19 @@ finish(py_call *call, sa_status status, sa_plan *plan, sa_causal causal, PyObjec
     return py_plan_new(call, plan, causal, mask, key_mask);
 }
 
+/* -1 where the problem packs several: their plans are made one by one, then packed. */
+static int
+one_sequence(py_call *call, const py_problem_arrays *given)
+{
+    if (given->cu_seqlens != Py_None) {
+        PyErr_SetString(call->state->argument,
+                        "the problem has cu_seqlens, and plan_build plans one sequence; "
+                        "use plan_pack on the plans of all");
+        return -1;
+    }
+    return 0;
+}
+
 PyDoc_STRVAR(
     plan_build_doc,
     "plan_build(name, spec, params, q, k, problem, /)\n--\n\n"
@@ -79,9 +92,9 @@ py_plan_build(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         goto done;
     }
     memset(opts, 0, planner->opts_size);
-    if (py_view(&call, args[3], "q", 4, PY_REAL, 0, &p.q) < 0 ||
-        py_view(&call, args[4], "k", 4, PY_REAL, 0, &p.k) < 0 ||
-        py_problem(&call, args[5], &p, &given) < 0 ||
+    if (py_view(&call, args[3], "q", 4, PY_STORED, 0, &p.q) < 0 ||
+        py_view(&call, args[4], "k", 4, PY_STORED, 0, &p.k) < 0 ||
+        py_problem(&call, args[5], &p, &given) < 0 || one_sequence(&call, &given) < 0 ||
         py_fields_read(&call, planner, args[1], args[2], opts) < 0) {
         goto done;
     }
@@ -223,6 +236,124 @@ done:
     return result;
 }
 
+/* The plans of a tuple, for the caller to free; NULL with an exception. *causal: what all of them
+ * were made under, or none. */
+static const sa_plan **
+read_plans(py_call *call, PyObject *tuple, sa_causal *causal)
+{
+    const Py_ssize_t n = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : 0;
+
+    if (n < 1) {
+        PyErr_SetString(call->state->dtype, "plans must be a tuple of Plans, at least one");
+        return NULL;
+    }
+    const sa_plan **plans = sa_malloc_array((size_t)n, sizeof(*plans));
+    if (!plans) {
+        py_call_status(call, SA_ENOMEM);
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        py_plan *plan = py_plan_get(call, PyTuple_GET_ITEM(tuple, i), "each of plans");
+        if (!plan) {
+            sa_free(plans);
+            return NULL;
+        }
+        plans[i] = plan->plan;
+        *causal = i == 0 || *causal == plan->causal ? plan->causal : SA_CAUSAL_NONE;
+    }
+    return plans;
+}
+
+/* Masks that a packed plan carries: as large as the whole call. */
+static int
+check_masks(py_call *call, PyObject *mask, PyObject *key_mask, const sa_plan *plan)
+{
+    sa_problem p = {0};
+
+    if (py_masks(call, mask, key_mask, &p) < 0) {
+        return -1;
+    }
+    const int64_t size[] = {plan->batch, plan->heads, plan->n_q, plan->n_k};
+    for (int axis = 0; axis < 4; axis++) {
+        if (p.mask.data && py_view_size(call, &p.mask, "mask", axis, size[axis]) < 0) {
+            return -1;
+        }
+    }
+    return p.key_mask.data && (py_view_size(call, &p.key_mask, "key_mask", 0, plan->batch) < 0 ||
+                               py_view_size(call, &p.key_mask, "key_mask", 3, plan->n_k) < 0)
+               ? -1
+               : 0;
+}
+
+PyDoc_STRVAR(plan_pack_doc,
+             "plan_pack(plans, mask, key_mask, /)\n--\n\n"
+             "One Plan of a tuple of plans, one sequence after the other; the masks, of the whole\n"
+             "call, are those whose parts the plans were made under, or None.");
+
+static PyObject *
+py_plan_pack(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    py_call call;
+    PyObject *result = NULL;
+    const sa_plan **plans = NULL;
+    sa_causal causal = SA_CAUSAL_NONE;
+    sa_plan *plan = NULL;
+
+    if (py_call_begin(&call, module, "plan_pack", nargs, 3) < 0 ||
+        !(plans = read_plans(&call, args[0], &causal))) {
+        goto done;
+    }
+    const Py_ssize_t n = PyTuple_GET_SIZE(args[0]);
+    py_call_detach(&call);
+    const sa_status status = sa_plan_pack(call.ctx, plans, n, &plan);
+    py_call_attach(&call);
+    if (status == SA_OK && check_masks(&call, args[1], args[2], plan) < 0) {
+        sa_plan_free(plan);
+        goto done;
+    }
+    result = finish(&call, status, plan, causal, args[1], args[2]);
+done:
+    sa_free(plans);
+    py_call_end(&call);
+    return result;
+}
+
+PyDoc_STRVAR(plan_from_intervals_doc,
+             "plan_from_intervals(lo, hi, n_k, batch, heads, /)\n--\n\n"
+             "The Plan of intervals: row i of batch entry b sees lo[b, i] <= j < hi[b, i]. lo and\n"
+             "hi are int64 (batch or 1, n_q).");
+
+static PyObject *
+py_plan_from_intervals(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    py_call call;
+    PyObject *result = NULL;
+    sa_problem p = {.scale = 1};
+    sa_plan *plan = NULL;
+    sa_view lo, hi;
+
+    if (py_call_begin(&call, module, "plan_from_intervals", nargs, 5) < 0 ||
+        py_view(&call, args[0], "lo", 2, PY_DTYPE(SA_I64), PY_CONTIGUOUS, &lo) < 0 ||
+        py_view(&call, args[1], "hi", 2, PY_DTYPE(SA_I64), PY_CONTIGUOUS, &hi) < 0 ||
+        py_int(&call, args[2], "n_k", 0, SA_MAX_KEYS, &p.n_k) < 0 ||
+        py_int(&call, args[3], "batch", 0, INT64_MAX, &p.batch) < 0 ||
+        py_int(&call, args[4], "heads", 1, INT64_MAX, &p.heads) < 0 ||
+        py_view_size(&call, &hi, "hi", 2, lo.size[2]) < 0 ||
+        py_view_size(&call, &hi, "hi", 3, lo.size[3]) < 0) {
+        goto done;
+    }
+    p.kv_heads = p.heads;
+    p.n_q = lo.size[3];
+    py_call_detach(&call);
+    const sa_status status =
+        sa_plan_from_intervals(call.ctx, &p, lo.size[2], lo.data, hi.data, &plan);
+    py_call_attach(&call);
+    result = finish(&call, status, plan, SA_CAUSAL_NONE, Py_None, Py_None);
+done:
+    py_call_end(&call);
+    return result;
+}
+
 PyDoc_STRVAR(describe_doc, "describe(name, /)\n--\n\n"
                            "Fields of a variant: (field, type, min, max, words) each.");
 
@@ -246,7 +377,9 @@ PyMethodDef py_plan_methods[] = {
     {"plan_build", PY_FAST(py_plan_build), plan_build_doc},
     {"plan_from_mask", py_plan_from_mask, METH_O, plan_from_mask_doc},
     {"plan_from_arrays", py_plan_from_arrays, METH_O, plan_from_arrays_doc},
+    {"plan_from_intervals", PY_FAST(py_plan_from_intervals), plan_from_intervals_doc},
     {"plan_combine", PY_FAST(py_plan_combine), plan_combine_doc},
+    {"plan_pack", PY_FAST(py_plan_pack), plan_pack_doc},
     {"describe", py_describe, METH_O, describe_doc},
     {"variants", py_variants, METH_NOARGS, variants_doc},
     {NULL, NULL, 0, NULL},

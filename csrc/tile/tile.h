@@ -27,6 +27,14 @@ typedef struct {
     const int32_t *lo, *hi;
 } sa_clip;
 
+/* Sums over the queries of strips: p_i[j] stands at p[i / w * step + j * w + i % w], i < n_rows;
+ * b is [n_rows][ldb], readable up to whole vectors past dim. seen NULL, or scores laid out as p. */
+typedef struct {
+    const void *p, *seen, *b;
+    int64_t step, ldb;
+    int w, n_rows, n_keys, dim;
+} sa_strip_sums;
+
 typedef struct sa_tile {
     sa_isa isa;
     int real_bytes; /* 4 or 8                                   */
@@ -89,7 +97,8 @@ typedef struct sa_tile {
     /* Joins a second (m, l, o[dim_v]) of one row, over other keys, into the first. */
     void (*join_row)(void *m, void *l, void *o, const void *m2, const void *l2, const void *o2,
                      int dim_v);
-    /* factor[r] = 1 / l[r] and lse[r] = m[r] + log l[r]; 0 and -inf where l = 0 */
+    /* factor[r] = 1 / l[r] and, unless lse is NULL, lse[r] = m[r] + log l[r]; 0 and -inf where
+     * l = 0 */
     void (*finish)(void *factor, void *lse, const void *m, const void *l, int n);
     /* dst[0..count) = x */
     void (*fill)(void *dst, int64_t count, double x);
@@ -102,6 +111,23 @@ typedef struct sa_tile {
      * returns how many. */
     int64_t (*count_ge)(const void *s, int64_t n, double t);
     int64_t (*compress_ge)(const void *s, int64_t n, double t, int32_t *index);
+
+    /* Backward (tile_grad.h). p = exp(s - lse[r]), s as in scores, 0 where unseen. p, ds: as s in
+     * scores, with scratch rows. */
+    void (*strip_weights)(void *p, const void *qt, int w, int wide, const void *const *k_row,
+                          int n_keys, int dim, const void *lse, const sa_clip *clip);
+    /* ds = p (dO.v - delta[r]), 0 where unseen */
+    void (*strip_grads)(void *ds, const void *p, const void *dot, int w, int wide,
+                        const void *const *v_row, int n_keys, int dim_v, const void *delta,
+                        const sa_clip *clip);
+    /* The same from scores s, -inf where unseen, and products dp: s becomes p keep = keep exp(s -
+     * lse), dp becomes ds = p (keep dp - delta) (1 - (capped / cap)^2). keep, capped: NULL or as s.
+     */
+    void (*weights_grad)(void *s, void *dp, const void *capped, const void *keep, int w, int wide,
+                         int n_keys, const void *lse, const void *delta, double cap);
+    /* row[j][c] += sum_i p_i[j] b_i[c], j < n_keys, c < dim; queries that do not see key j add
+     * nothing, whatever b holds, where seen says so. Same bits with seen where b is finite. */
+    void (*sums)(void *const *row, const sa_strip_sums *sums);
 
     /* Multiply-adds of a register-only loop: flops done. For the benchmark's FMA peak. */
     double (*fma_peak)(int64_t rounds);

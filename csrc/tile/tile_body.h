@@ -25,6 +25,7 @@
 #include "tile/tile_pack.h"
 #include "tile/tile_scores.h"
 #include "tile/tile_values.h"
+#include "tile/tile_grad.h"
 #include "tile/tile_row.h"
 #include "tile/tile_product.h"
 #include "tile/tile_select.h"
@@ -63,5 +64,9 @@ const sa_tile SA_NAME(sa_tile) = {
     .product = product,
     .count_ge = count_ge,
     .compress_ge = compress_ge,
+    .strip_weights = strip_weights,
+    .strip_grads = strip_grads,
+    .weights_grad = weights_grad,
+    .sums = sums,
     .fma_peak = fma_peak,
 };

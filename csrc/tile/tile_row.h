@@ -173,6 +173,8 @@ finish(void *factor, void *lse, const void *m, const void *l, int n)
     for (int r = 0; r < n; r++) {
         const real sum = ((const real *)l)[r], top = ((const real *)m)[r];
         ((real *)factor)[r] = sum == 0 ? 0 : 1 / sum;
-        ((real *)lse)[r] = sum == 0 ? -INFINITY : top + (real)log((double)sum);
+        if (lse != NULL) {
+            ((real *)lse)[r] = sum == 0 ? -INFINITY : top + (real)log((double)sum);
+        }
     }
 }

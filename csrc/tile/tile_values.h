@@ -19,6 +19,7 @@ value_tile(real *o, const int channels, const int vecs, const bool select, const
             acc[i][v] = vset(0);
         }
     }
+#pragma GCC unroll 4
     for (int j = 0; j < n_keys; j++) {
         const real *const row = (const real *)v_row[j] + c;
         const int64_t at = (int64_t)j * w;
@@ -97,17 +98,20 @@ values_select(void *o, const void *p, const void *seen, int w, int wide, const v
     values_any(o, true, p, seen, w, wide, v_row, n_keys, dim_v);
 }
 
-/* x - x is 0 for finite x and NaN otherwise. */
+/* 0 x is 0 for finite x and NaN otherwise, and a sum that met NaN stays NaN. */
 static bool
 all_finite(const void *const *v_row, int n_keys, int dim_v)
 {
-    vint bad = {0};
+    vreal even = vset(0), odd = vset(0);
     for (int j = 0; j < n_keys; j++) {
         const real *const row = v_row[j];
         int c = 0;
+        for (; c + 2 * LANES <= dim_v; c += 2 * LANES) {
+            even += vload(row + c) * vset(0);
+            odd += vload(row + c + LANES) * vset(0);
+        }
         for (; c + LANES <= dim_v; c += LANES) {
-            const vreal x = vload(row + c);
-            bad |= (x - x) != vset(0);
+            even += vload(row + c) * vset(0);
         }
         for (; c < dim_v; c++) {
             if (!isfinite(row[c])) {
@@ -115,5 +119,6 @@ all_finite(const void *const *v_row, int n_keys, int dim_v)
             }
         }
     }
-    return !vany(bad);
+    even += odd;
+    return !vany(even != vset(0));
 }

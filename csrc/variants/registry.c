@@ -4,8 +4,8 @@
 #include <string.h>
 
 static const sa_planner *const planners[] = {
-    &sa_planner_dense, &sa_planner_window, &sa_planner_blockmask,
-    &sa_planner_topk,  &sa_planner_random,
+    &sa_planner_dense,     &sa_planner_window, &sa_planner_prefix,
+    &sa_planner_blockmask, &sa_planner_topk,   &sa_planner_random,
 };
 
 const sa_planner *

@@ -33,7 +33,7 @@ static sa_status
 scratch(sa_ctx *ctx, const sa_problem *p, const void *opts, size_t *bytes)
 {
     const sa_topk_opts *const o = opts;
-    const size_t real = sa_dtype_size(p->q.dtype);
+    const size_t real = sa_real_size(p->q.dtype);
     const int64_t rows = rows_at_once(p, real), kept = SA_MIN(o->k, p->n_k);
     if (p->q.data == NULL || p->k.data == NULL) {
         return sa_fail(ctx, SA_EINVAL, "topk needs q and k to score keys; give both");
@@ -49,7 +49,7 @@ emit(const sa_plan_task *t, sa_spans *spans)
     const sa_topk_opts *const o = t->opts;
     const sa_problem *const p = t->problem;
     const bool f64 = sa_real_is_f64(p->q.dtype);
-    const size_t real = sa_dtype_size(p->q.dtype);
+    const size_t real = sa_real_size(p->q.dtype);
     const int64_t step = rows_at_once(p, real), kept = SA_MIN(o->k, p->n_k);
     sa_arena *const arena = sa_scratch(t->ctx, t->worker);
     char *const scores = sa_arena_take(arena, (size_t)(step * p->n_k) * real);

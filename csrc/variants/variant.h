@@ -7,8 +7,8 @@
 #include "engine/plan.h"
 #include "engine/planner.h"
 
-extern const sa_planner sa_planner_dense, sa_planner_window, sa_planner_blockmask, sa_planner_topk,
-    sa_planner_random;
+extern const sa_planner sa_planner_dense, sa_planner_window, sa_planner_prefix,
+    sa_planner_blockmask, sa_planner_topk, sa_planner_random;
 
 /* NULL when there is none of that name. */
 const sa_planner *sa_planner_find(const char *name);

@@ -64,46 +64,6 @@ find_columns(const sa_window_opts *o, int64_t n_k, key_runs *runs)
     }
 }
 
-/* Keys that some row's window holds, and those that every row's does (as far as it may see). */
-typedef struct {
-    int64_t lo, hi, all_lo, all_hi;
-} window_hull;
-
-static window_hull
-hull_of(const sa_plan_task *t, const sa_row_block *rows)
-{
-    window_hull w = {t->problem->n_k, 0, rows->all_lo, rows->all_hi};
-    for (int64_t i = rows->begin; i < rows->end; i++) {
-        const int32_t lo = SA_MAX(t->band_lo[i], t->see_lo[i]),
-                      hi = SA_MIN(t->band_hi[i], t->see_hi[i]);
-        w.all_lo = SA_MAX(w.all_lo, lo);
-        w.all_hi = SA_MIN(w.all_hi, hi);
-        if (lo < hi) {
-            w.lo = SA_MIN(w.lo, lo);
-            w.hi = SA_MAX(w.hi, hi);
-        }
-    }
-    /* Whole tiles only: the band span that follows takes the ragged tail. */
-    w.all_hi = SA_MAX(w.all_hi, w.all_lo);
-    w.all_hi -= (w.all_hi - w.all_lo) % 64;
-    return w;
-}
-
-/* The window's part of keys [start, end). */
-static sa_status
-add_gap(sa_spans *spans, const window_hull *w, int64_t start, int64_t end)
-{
-    const int64_t lo = SA_MAX(start, w->lo), hi = SA_MIN(end, w->hi);
-    const int64_t a = SA_MIN(SA_MAX(w->all_lo, lo), hi), z = SA_MIN(SA_MAX(w->all_hi, a), hi);
-    sa_status status = SA_OK;
-    if (a >= z) {
-        return sa_spans_add(spans, SA_SPAN_BAND, lo, hi);
-    }
-    status = sa_spans_add(spans, SA_SPAN_BAND, lo, a);
-    status = status ? status : sa_spans_add(spans, SA_SPAN_FULL, a, z);
-    return status ? status : sa_spans_add(spans, SA_SPAN_BAND, z, hi);
-}
-
 static sa_status
 emit(const sa_plan_task *t, sa_spans *spans)
 {
@@ -112,14 +72,13 @@ emit(const sa_plan_task *t, sa_spans *spans)
     for (int64_t i = t->begin; i < t->end;) {
         sa_row_block rows;
         sa_status status = sa_spans_block(spans, &rows);
-        const window_hull w = hull_of(t, &rows);
         int64_t done = 0;
         for (int64_t x = 0; x < columns.count && status == SA_OK; x++) {
-            status = add_gap(spans, &w, done, columns.start[x]);
+            status = sa_spans_banded(spans, done, columns.start[x]);
             status = status ? status : sa_spans_seen(spans, columns.start[x], columns.end[x]);
             done = columns.end[x];
         }
-        status = status ? status : add_gap(spans, &w, done, t->problem->n_k);
+        status = status ? status : sa_spans_banded(spans, done, t->problem->n_k);
         if (status != SA_OK) {
             return status;
         }

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sparseattn.errors import ArgumentError, DtypeError, NotSupported
 
-WIDENED = (torch.float16, torch.bfloat16)  # computed in float32
-
 
 def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
-    """An ndarray on the tensor's memory; half precision is widened into a float32 copy.
+    """An ndarray on the tensor's memory; bfloat16 as its bits, uint16.
 
     Raises
     ------
@@ -35,9 +34,10 @@ def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
             f"pass {name}.detach(), or call under torch.no_grad()"
         )
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    if tensor.dtype in WIDENED:
-        tensor = tensor.float()
     try:
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.int16)
+            return np.asarray(tensor.numpy()).view(np.uint16)
         array: NDArray[Any] = tensor.numpy()
     except TypeError:
         raise DtypeError(
@@ -50,12 +50,8 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def from_numpy(array: NDArray[Any], dtype: str | None = None) -> torch.Tensor:
-    """A tensor on the array's memory, or a copy in ``dtype`` where that differs."""
-    tensor = torch.from_numpy(array)
-    return tensor if dtype is None else tensor.to(getattr(torch, dtype))
-
-
-def store(tensor: torch.Tensor, array: NDArray[Any]) -> None:
-    """Copy ``array`` into ``tensor``, rounding to its dtype."""
-    tensor.copy_(torch.from_numpy(array))
+def from_numpy(array: NDArray[Any]) -> torch.Tensor:
+    """A tensor on the array's memory; bfloat16 of its bits, uint16."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

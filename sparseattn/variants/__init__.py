@@ -4,6 +4,7 @@ from sparseattn.variants.base import SpecInfo, Variant, parse, specs, variants
 from sparseattn.variants.blockmask import BlockMask
 from sparseattn.variants.combine import Intersection, PerHead, PerLayer, Union
 from sparseattn.variants.dense import Dense
+from sparseattn.variants.prefix import Prefix
 from sparseattn.variants.random import RandomKeys
 from sparseattn.variants.topk import TopK
 from sparseattn.variants.window import Window
@@ -14,6 +15,7 @@ __all__ = [
     "Intersection",
     "PerHead",
     "PerLayer",
+    "Prefix",
     "RandomKeys",
     "SpecInfo",
     "TopK",

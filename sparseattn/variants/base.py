@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # importing numpy.typing takes longer than all of this packag
     Params: TypeAlias = Mapping[str, Any]
 
 MAX_DEPTH = 16  # of brackets in a spec's text, so that hostile text meets a sentence
+PAST = "past"  # the number among params that says how many rows came before the first of this call
 
 
 class Problem(NamedTuple):
@@ -46,6 +47,7 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
     seed: int = 0  # of the dropout
     sink: Array | None = None  # (heads,) in the type of q: score of one more key, of value 0
+    cu_seqlens: tuple[Array, Array] | None = None  # packed: offsets of queries and of keys, (n + 1,)
 
     def of_heads(self, begin: int, end: int) -> Problem:
         """The same call for query heads [begin, end)."""
@@ -62,6 +64,7 @@ class Piece(NamedTuple):
     begin: int
     end: int
     full_row: bool = False  # weights are normalised over all visible keys (selection after softmax)
+    straight_through: bool = False  # gradients of scores are those of all visible keys
 
     def kv_range(self, group: int) -> tuple[int, int]:
         """The kv heads that these query heads read, ``group`` query heads to each."""
@@ -123,6 +126,14 @@ class Variant:
         """The spec for a call over heads from ``head`` on; only what is drawn by head differs."""
         return self
 
+    def keep(self) -> tuple[int, int] | None:
+        """What a causal cache keeps for rows to come: the first keys, and those before a row.
+
+        ``(pinned, left)``: no row sees a key that is neither among the first ``pinned`` nor among
+        the ``left`` before its own. None: rows may see any key, so all are kept.
+        """
+        return None
+
     def build(
         self, q: Array, k: Array, problem: Problem, params: Params | None
     ) -> tuple[Piece, ...]:
@@ -148,6 +159,7 @@ V = TypeVar("V", bound=type[Variant])
 
 def register(cls: V) -> V:
     """Class decorator: makes a variant known to ``parse`` and ``specs``."""
+    parse_text.cache_clear()
     _by_kind[cls.kind] = cls
     for name in (cls.kind, cls.__name__, *cls.aliases):
         _by_name[normal(name)] = cls
@@ -294,7 +306,7 @@ def parse(text: str | Variant) -> Variant:
 
     >>> import sparseattn as sa
     >>> sa.parse("Top-K:16:placement=post")
-    TopK(k=16, placement='post')
+    TopK(k=16, placement='post', gradient='selected')
     """
     if isinstance(text, Variant):
         return text
@@ -302,6 +314,11 @@ def parse(text: str | Variant) -> Variant:
         raise ArgumentError(
             f"a spec is an object such as sa.TopK(16) or text such as 'topk:16', got {text!r:.80}"
         )
+    return parse_text(text)
+
+
+@functools.lru_cache(maxsize=256)  # specs cannot change, and reading takes longer than a short call
+def parse_text(text: str) -> Variant:
     for kind, mark in (("union", "+"), ("intersection", "&")):
         terms = split(text, mark)
         if len(terms) > 1:

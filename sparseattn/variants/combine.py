@@ -43,6 +43,13 @@ class Composition(Variant):
     def arrays(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant of other variants
         return tuple(dict.fromkeys(name for child in self.children for name in child.arrays))
 
+    def keep(self) -> tuple[int, int] | None:
+        """Whatever some child keeps, of an intersection as well: each child chooses on its own."""
+        kept = [child.keep() for child in self.children]
+        if any(one is None for one in kept):
+            return None
+        return max(one[0] for one in kept if one), max(one[1] for one in kept if one)
+
 
 class _Joined(Composition):
     """Union and Intersection: at least two parts, nested ones of the same kind opened."""
@@ -87,8 +94,10 @@ class _Joined(Composition):
         problem: Problem,
         params: Params | None,
     ) -> tuple[Piece, ...]:
-        plans = (part.build(q, k, problem, params)[0].core for part in self.parts)
-        return (Piece(reduce(lambda a, b: _core.plan_combine(a, b, op), plans), 0, q.shape[1]),)
+        pieces = [part.build(q, k, problem, params)[0] for part in self.parts]
+        core = reduce(lambda a, b: _core.plan_combine(a, b, op), (piece.core for piece in pieces))
+        through = any(piece.straight_through for piece in pieces)
+        return (Piece(core, 0, q.shape[1], straight_through=through),)
 
 
 @register

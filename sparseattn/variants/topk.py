@@ -25,10 +25,14 @@ class TopK(Variant):
     placement : {"pre", "post"}
         Select before the softmax (kept weights sum to 1) or after it (they are those of the full
         row, the rest is dropped; the log-sum-exp is the full row's).
+    gradient : {"selected", "straight_through"}
+        Of the scores: through the kept keys, or as if all visible keys had been kept, so that keys
+        left out can learn to be chosen. Outputs and the gradient of v are the same.
 
     References
     ----------
     Gupta et al., "Memory-efficient transformers via top-k attention", 2021, arXiv:2106.06899.
+    Bengio, Leonard, Courville, 2013, arXiv:1308.3432 (straight-through).
 
     >>> import numpy as np, sparseattn as sa
     >>> q = np.random.default_rng(0).standard_normal((2, 100, 16), np.float32)
@@ -43,14 +47,21 @@ class TopK(Variant):
         "topk:1",
         "topk:16:placement=post",
         "topk:100000",
+        "topk:7:gradient=straight_through",
     )
     reads_keys: ClassVar[bool] = True
 
     k: int
     placement: Literal["pre", "post"] = "pre"
+    gradient: Literal["selected", "straight_through"] = "selected"
 
     def build(
         self, q: Array, k: Array, problem: Problem, params: Params | None
     ) -> tuple[Piece, ...]:
         (piece,) = Variant.build(self, q, k, problem, params)
-        return (piece._replace(full_row=self.placement == "post"),)
+        return (
+            piece._replace(
+                full_row=self.placement == "post",
+                straight_through=self.gradient == "straight_through",
+            ),
+        )

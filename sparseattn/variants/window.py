@@ -87,6 +87,11 @@ class Window(Variant):
         """Keys after the query's position; -1: no bound."""
         return 0 if self.size is not None else (self.window_size or (0, 0))[1]
 
+    def keep(self) -> tuple[int, int] | None:
+        if self.left < 0:
+            return None
+        return max(self.sinks, max(self.globals, default=-1) + 1), self.left
+
     def build(
         self, q: Array, k: Array, problem: Problem, params: Params | None
     ) -> tuple[Piece, ...]:

@@ -67,7 +67,8 @@ check_scalars(sa_plan *p)
     REFUSED(p->n_q, INT64_MAX);
     REFUSED(p->n_k, N / 2);
     REFUSED(p->n_k, -1);
-    REFUSED(p->n_blocks, p->n_blocks + 1);
+    REFUSED(p->n_blocks, p->n_blocks - 1);
+    REFUSED(p->n_blocks, N + 1);
     REFUSED(p->n_maps, p->n_maps + 1);
     REFUSED(p->n_maps, INT64_MAX);
     REFUSED(p->heads, 0);

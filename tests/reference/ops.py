@@ -99,3 +99,15 @@ def widen(src: Array, kind: str) -> Array:
     if kind == "f16":
         return src.view(np.float16).astype(np.float32)
     return (src.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(src: Array, kind: str) -> Array:
+    """Bit patterns of float32 values, NaN apart, rounded to the nearest half, ties to even."""
+    if kind == "f16":
+        with np.errstate(over="ignore"):
+            return src.astype(np.float16).view(np.uint16)
+    # A bfloat16 is a float32 without its lower 16 bits; what is above the largest goes to infinity.
+    bits = src.view(np.uint32).astype(np.uint64)
+    low, kept = bits & 0xFFFF, bits >> 16
+    up = (low > 0x8000) | ((low == 0x8000) & (kept & 1 == 1))
+    return (kept + up).astype(np.uint16)

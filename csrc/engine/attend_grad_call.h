@@ -1,0 +1,60 @@
+/* attend_grad_call.h - what the two paths of the backward share: the call, one group of rows. */
+#ifndef SA_ATTEND_GRAD_CALL_H
+#define SA_ATTEND_GRAD_CALL_H
+
+#include "engine/attend_call.h"
+#include "engine/attend_grad.h"
+
+/* A head's rows and keys are cut into `runs` runs each. In round r the rows of run x meet the keys
+ * of run (x + r) % runs: no two tasks of a round write one row or one key, and every sum has its
+ * order whatever the threads. */
+typedef struct {
+    sa_attend_call call; /* problem, parts, tile */
+    const sa_attend_grads *grads;
+    int64_t runs, round, run_keys;
+    int64_t kv_tasks; /* batch * kv heads */
+} sa_grad_call;
+
+/* Scratch of a worker beside sa_attend_scratch; strips are [dim][w], rows [rows][ld]. */
+typedef struct {
+    char *dot, *dq;          /* [strips][dim_v][w], [strips][dim][w]                         */
+    char *lse, *delta;       /* [strips * w], at least [KEYS + w]; delta times ds_scale      */
+    char *q, *dout;          /* [strips * w][ld_q], [strips * w][ld_v]: the rows as they lie */
+    char *p, *ds, *seen;     /* [strips][KEYS + STEP][w]                                     */
+    char *capped, *keep;     /* [KEYS + STEP][w]                                             */
+    void **dk_row, **dv_row; /* [KEYS]                                                       */
+} sa_grad_scratch;
+
+/* One group of query rows of one block; a sa_group to who does not know better. */
+typedef struct sa_grad_group {
+    sa_group g;
+    const sa_grad_call *call;
+    sa_grad_scratch s;
+    int w, n_strips;
+    int64_t step; /* reals between strips of p, ds, seen */
+    int64_t ld_q, ld_v;
+    double ds_scale;  /* what multiplies ds: scale for dq and dk, 1 for dbias         */
+    bool raw;         /* ds without the derivative of the soft-cap, as dbias takes it */
+    bool sums;        /* dk or dv is wanted                                           */
+    bool plain;       /* a score is scale q.k and no more                             */
+    bool rows_finite; /* q and dout of the group                                      */
+    /* dbias: takes ds of row r, [key]; r < 0: of the rows of strip `strip`. NULL otherwise. */
+    void (*bias_sums)(struct sa_grad_group *g, int r, const sa_key_tile *tile, int a, int n);
+    int strip;
+} sa_grad_group;
+
+void sa_grad_strips(sa_grad_group *g); /* tile path */
+void sa_grad_rows(sa_grad_group *g);   /* row path  */
+
+/* lse of group row r, and delta times ds_scale. A row that sees nothing has lse -inf: +inf in its
+ * place makes every weight 0. */
+void sa_grad_row(const sa_grad_group *g, int r, double *lse, double *delta);
+/* Row r of the group, of `from`, as it lies into to[ld], whole vectors wide. */
+void sa_grad_load(const sa_grad_group *g, char *to, int64_t ld, sa_view from, int r, int dim);
+/* dk_row, dv_row of a tile's keys. */
+void sa_grad_key_rows(const sa_grad_group *g, const sa_key_tile *tile);
+/* What dropout keeps of group row r and the tile's keys from x0 on. */
+void sa_grad_keep(const sa_grad_group *g, int r, const sa_key_tile *tile, int x0, int n,
+                  void *keep);
+
+#endif

@@ -1,0 +1,727 @@
+"""Keys and values kept between calls, so that decoding appends to them: ``Cache``.
+
+A cache holds one immutable ``Held``. Whatever changes it makes the next one and puts it in place
+at the end by one assignment, so that an error or an interrupt at any moment leaves the cache as it
+was. Rows of a buffer behind the kept ones are free to write at any time.
+
+A spec that says what rows to come may see (``Variant.keep``) lets its cache forget the rest. Kept
+are then the first ``pinned`` keys and the newest ones, next to one another: the plan of a row is
+the same as over all keys, because a window counts back from the end and pinned keys stand in front.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from sparseattn.attention import Eager, OutLse
+from sparseattn.errors import ArgumentError, CacheInUse, DtypeError, NotSupported
+from sparseattn.half import (
+    HALF,
+    REAL,
+    is_half,
+    narrow,
+    real_type,
+    storage_type,
+    store,
+    widen,
+)
+from sparseattn.inputs import (
+    Operands,
+    check_params,
+    collapse,
+    empty,
+    is_torch,
+    make_target,
+    read_alike,
+    read_bool,
+    read_causal,
+    read_operands,
+    read_problem,
+    to_array,
+)
+from sparseattn.plan import Plan
+from sparseattn.variants.base import PAST, Variant, coerce, parse
+
+if TYPE_CHECKING:
+    from sparseattn.variants.base import Array
+
+GRAIN = 64  # rows that buffers grow by at least
+HALVES = tuple(map(storage_type, HALF))
+
+
+class Held(NamedTuple):
+    """What a cache holds; never changed but for the free rows of its buffers."""
+
+    k: Array  # (batch, kv_heads, capacity, dim): the kept rows first, then free ones
+    v: Array  # (batch, kv_heads, capacity, dim_v)
+    there: Array | None  # bool (batch, kept): which kept keys are no padding; None: all
+    stored: str  # dtype's name; bfloat16 is held as uint16
+    total: int  # tokens appended and not cropped
+    start: int  # position of the first key after the pinned ones; between them, keys are forgotten
+    kept: int  # rows
+
+
+class Staged(NamedTuple):
+    """What an append comes to, before it counts."""
+
+    k: Array  # (batch, kv_heads, kept and new rows, dim) in the stored type
+    v: Array
+    there: Array | None
+    start: int  # of these rows
+    held: Held
+
+
+class Snapshot(NamedTuple):
+    """A copy of what a cache held, for :meth:`Cache.restore`."""
+
+    spec: Variant
+    rollback: int
+    held: Held | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copied rows."""
+        return size_of(self.held)
+
+
+class Alone:
+    """One thread at a time; a second one is refused, not kept waiting."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            raise CacheInUse(
+                "the cache is in use by another thread: give every thread a cache of its own, as "
+                "sa.Cache(...).restore(cache.snapshot()) makes one"
+            )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.lock.release()
+
+
+class Cache:
+    """Keys and values of the tokens so far: ``attention(..., cache=cache)`` appends, then attends.
+
+    Parameters
+    ----------
+    spec : spec or str
+        The spec of the calls to come; None is dense. It says what may be forgotten: a window's
+        cache holds two windows of keys, its sinks and the keys up to its last global column.
+    dtype : str or dtype
+        How keys and values are held: float32, float64, float16 or bfloat16 (by name; no package is
+        needed for it). None is the dtype of the first keys. Calls are computed in float64 for
+        float64 and in float32 else; float16 makes infinities of values beyond 65504.
+    rollback : int
+        Tokens that :meth:`crop` may drop at any time. Only caches that forget keep more for it.
+
+    Attributes
+    ----------
+    spec : Variant
+    dtype : str or None
+        None until the first append.
+    rollback : int
+    nbytes : int
+        Bytes of the buffers, free rows included.
+    key_mask : ndarray of bool, shape (batch, kept), or None
+        Which of the kept keys are no padding; None: all.
+
+    Raises
+    ------
+    ArgumentError, DtypeError
+        If a spec, dtype or rollback makes no sense; later calls that do not fit say so and leave
+        the cache as it was.
+    CacheInUse
+        A RuntimeError: two threads used one cache at once.
+
+    References
+    ----------
+    Method names are those of ``transformers.Cache``; pinned sinks: Xiao et al., "Efficient
+    streaming language models with attention sinks", 2023, arXiv:2309.17453.
+
+    >>> import numpy as np, sparseattn as sa
+    >>> x, cache = np.ones((1, 2, 9, 4), np.float32), sa.Cache("window:4")
+    >>> parts = [sa.attention(t, t, t, causal=True, cache=cache) for t in np.split(x, 9, 2)]
+    >>> cache.get_seq_length()
+    9
+    """
+
+    def __init__(self, spec: Any = None, dtype: Any = None, rollback: int = 0) -> None:
+        self.spec = read_spec(spec)
+        self._said = spec  # accepted again without reading
+        self._wanted = None if dtype is None else read_dtype(dtype)
+        self.rollback = coerce(int, rollback, "rollback")
+        if self.rollback < 0:
+            raise ArgumentError(f"rollback must be a number of tokens from 0 on, got {rollback}")
+        self._alone = Alone()
+        self._held: Held | None = None
+        keep = self.spec.keep()
+        self._all = keep is None
+        self._pinned, self._left = keep or (0, 0)
+        self._need = self._left + self.rollback  # keys before the next token
+        rows = self._pinned + 2 * (self._left + 1) + self.rollback
+        self._limit = -(-rows // GRAIN) * GRAIN
+        self._step = self._limit - self._pinned - self._need  # start moves by as much
+
+    # ---- what is there --------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> str | None:
+        return self._wanted if self._held is None else self._held.stored
+
+    @property
+    def nbytes(self) -> int:
+        return size_of(self._held)
+
+    @property
+    def key_mask(self) -> Array | None:
+        return None if self._held is None else self._held.there
+
+    def get_seq_length(self) -> int:
+        """Tokens appended and not cropped, padding and forgotten ones included."""
+        return 0 if self._held is None else self._held.total
+
+    def __repr__(self) -> str:
+        held = self._held
+        if held is None:
+            return f"<Cache of {self.spec}: empty>"
+        batch, kv_heads, _, dim = held.k.shape
+        return (
+            f"<Cache of {self.spec}: batch {batch}, kv_heads {kv_heads}, dim {dim}, "
+            f"{held.total} tokens, {held.kept} kept as {held.stored}, {self.nbytes:,} bytes>"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_alone"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _alone=Alone())
+
+    # ---- growing --------------------------------------------------------------------------------
+
+    def append(self, k: Any, v: Any, key_mask: Any = None) -> tuple[Array, Array]:
+        """Append without attending.
+
+        Parameters
+        ----------
+        k, v : array, shape (..., kv_heads, length, dim) and (..., kv_heads, length, dim_v)
+        key_mask : array of bool, shape (..., length) or (..., all tokens so far)
+            True for the tokens that are there; remembered. None: all the new ones are.
+
+        Returns
+        -------
+        k, v : ndarray, shape (batch, kv_heads, kept, dim) and (batch, kv_heads, kept, dim_v)
+            All that is kept, in the cache's dtype (bfloat16 as uint16), and for the keys of this
+            append all that their own rows may see. They are the cache's memory: to be read, until
+            the next call on the cache.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            If sizes or dtype differ from those of the first append.
+
+        >>> import numpy as np, sparseattn as sa
+        >>> k, v = sa.Cache().append(np.ones((1, 2, 5, 4)), np.ones((1, 2, 5, 3)))
+        >>> k.shape, v.shape
+        ((1, 2, 5, 4), (1, 2, 5, 3))
+        """
+        refuse_gradients(k=k, v=v)
+        (k, v), stored = read_alike({"k": k, "v": v}, "(..., heads, length, dim)")
+        lead = k.shape[:-3]
+        if lead != v.shape[:-3]:
+            raise ArgumentError(f"k and v must have one batch, got {k.shape} and {v.shape}")
+        with self._alone:
+            staged = self._stage(collapse(k, lead), collapse(v, lead), stored, key_mask, lead)
+            self._held = staged.held
+        return staged.k, staged.v
+
+    def _stage(
+        self, k: Array, v: Array, stored: str, key_mask: Any, lead: tuple[int, ...]
+    ) -> Staged:
+        """The kept rows with these behind them."""
+        held = self._settled(self._held or self._first(k, v, stored))
+        self._check(held, k, v, stored)
+        k, v = rounded(k, held.k.dtype), rounded(v, held.v.dtype)
+        kept, n_new = held.kept, k.shape[2]
+        rows, total = kept + n_new, held.total + n_new
+        there = self._there(held, key_mask, n_new, lead)
+        if self._all or rows <= self._limit:
+            to = tuple(self._room(x, kept, rows) for x in (held.k, held.v))
+            to[0][:, :, kept:rows], to[1][:, :, kept:rows] = k, v
+            grown = Held(*to, there, held.stored, total, held.start, rows)
+            return Staged(to[0][:, :, :rows], to[1][:, :, :rows], there, held.start, grown)
+        if kept:
+            k = np.concatenate([held.k[:, :, :kept], k], 2)
+            v = np.concatenate([held.v[:, :, :kept], v], 2)
+        long = Held(k, v, there, held.stored, total, held.start, rows)
+        return Staged(k, v, there, held.start, self._settled(long))
+
+    def _first(self, k: Array, v: Array, stored: str) -> Held:
+        """Nothing yet, for keys and values of these sizes."""
+        name = self._wanted or stored
+        k, v = (np.empty((*x.shape[:2], 0, x.shape[3]), storage_type(name)) for x in (k, v))
+        return Held(k, v, None, name, 0, self._pinned, 0)
+
+    def _check(self, held: Held, k: Array, v: Array, stored: str) -> None:
+        sizes = [(*x.shape[:2], x.shape[3]) for x in (held.k, held.v, k, v)]
+        for name, have, got in zip("kv", sizes[:2], sizes[2:], strict=True):
+            if have != got:
+                raise ArgumentError(
+                    f"{name} has (batch, heads, dim) = {got} and the cache holds {have}: use "
+                    "another sa.Cache for it, or batch_select_indices() to change the batch"
+                )
+        if k.shape[2] != v.shape[2]:
+            raise ArgumentError(f"k has {k.shape[2]} tokens and v has {v.shape[2]}: give as many")
+        wanted = stored if self._wanted is None else real_type(stored).name
+        computed = held.stored if self._wanted is None else real_type(held.stored).name
+        if wanted != computed:
+            raise DtypeError(
+                f"k and v are {stored} and the cache is {held.stored}: convert them, or make "
+                f"sa.Cache(..., dtype={stored!r})"
+            )
+
+    def _there(
+        self, held: Held, key_mask: Any, n_new: int, lead: tuple[int, ...]
+    ) -> Array | None:
+        """Which of the kept and new keys are no padding."""
+        batch, total = held.k.shape[0], held.total + n_new
+        if key_mask is None and held.there is None:
+            return None
+        old = np.ones((batch, held.kept), bool) if held.there is None else held.there
+        if key_mask is None:
+            return np.concatenate([old, np.ones((batch, n_new), bool)], 1)
+        given = read_bool("key_mask", key_mask, "it says which keys are there, and takes no floats")
+        count = given.shape[-1] if given.ndim else -1
+        if given.shape[:-1] not in (lead, (1, *lead)) or count not in (n_new, total):
+            raise ArgumentError(
+                f"key_mask must have shape {(*lead, n_new)} for the new tokens or "
+                f"{(*lead, total)} for all, got {given.shape}"
+            )
+        given = given.reshape(batch, count)
+        if count == total:
+            there = join(given, self._pinned, held.start, total).copy()
+        else:
+            there = np.concatenate([old, given], 1)
+        return None if there.all() else there
+
+    def _room(self, buffer: Array, kept: int, rows: int) -> Array:
+        """The buffer, or one of at least twice its size with the same rows in front."""
+        batch, heads, capacity, width = buffer.shape
+        if rows <= capacity:
+            return buffer
+        capacity = max(-(-rows // GRAIN) * GRAIN, 2 * capacity)
+        if not self._all:
+            capacity = min(capacity, self._limit)
+        larger = empty("the cache", (batch, heads, capacity, width), buffer.dtype)
+        larger[:, :, :kept] = buffer[:, :, :kept]
+        return larger
+
+    def _settled(self, held: Held) -> Held:
+        """The same without the rows that no token to come may see, once there are enough of them.
+
+        Where the kept rows begin depends on the number of tokens alone, not on how they came.
+        """
+        pinned, total = self._pinned, held.total
+        if self._all or total - pinned - self._need < self._step:
+            return held
+        start = pinned + (total - pinned - self._need) // self._step * self._step
+        if start <= held.start:
+            return held
+        low, kept = pinned + start - held.start, pinned + total - start
+        capacity = min(held.k.shape[2], self._limit)
+        buffers = []
+        for old in (held.k, held.v):
+            fresh = empty("the cache", (*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            fresh[:, :, :pinned] = old[:, :, :pinned]
+            fresh[:, :, pinned:kept] = old[:, :, low : held.kept]
+            buffers.append(fresh)
+        there = held.there
+        if there is not None:
+            there = np.concatenate([there[:, :pinned], there[:, low:]], 1)
+            there = None if there.all() else there
+        return Held(*buffers, there, held.stored, total, start, kept)
+
+    # ---- going back, choosing -------------------------------------------------------------------
+
+    def crop(self, n: int) -> None:
+        """Forget all but the first ``n`` tokens, or the last ``-n`` tokens where n is negative.
+
+        Parameters
+        ----------
+        n : int
+            No effect from :meth:`get_seq_length` on, as in transformers.
+
+        Raises
+        ------
+        ArgumentError
+            If fewer than ``-n`` tokens are there, or if the next token would need keys that a
+            window's cache has forgotten: ``rollback`` tokens back is always possible.
+
+        >>> import numpy as np, sparseattn as sa
+        >>> cache = sa.Cache()
+        >>> _ = cache.append(np.ones((1, 2, 5, 4)), np.ones((1, 2, 5, 4)))
+        >>> cache.crop(-2), cache.get_seq_length()
+        (None, 3)
+        """
+        n = coerce(int, n, "n of crop(n)")
+        with self._alone:
+            held = self._held
+            total = 0 if held is None else held.total
+            length = n if n >= 0 else total + n
+            if length < 0:
+                raise ArgumentError(f"crop({n}) drops {-n} tokens and the cache has {total}")
+            if held is None or length >= total:
+                return
+            pinned, start = self._pinned, held.start
+            if length <= pinned:
+                kept, start = length, pinned
+            else:
+                kept = pinned + length - start if not self._all else length
+                if start > pinned and length - self._left < start:
+                    raise ArgumentError(
+                        f"crop({n}) goes back to {length} of {total} tokens, and the cache of "
+                        f"{self.spec} has forgotten keys needed there: crop to "
+                        f"{start + self._left} or more, or make it with rollback={total - length}"
+                    )
+            there = None if held.there is None else held.there[:, :kept]
+            self._held = held._replace(there=there, total=length, start=start, kept=kept)
+
+    def reorder_cache(self, index: Any) -> None:
+        """Put batch entries in another order, as beam search does; entries may repeat.
+
+        Parameters
+        ----------
+        index : array of int, shape (batch,)
+            Entry ``b`` continues what entry ``index[b]`` was.
+
+        Raises
+        ------
+        ArgumentError
+            If it has another length or an entry out of range.
+
+        >>> import numpy as np, sparseattn as sa
+        >>> cache = sa.Cache()
+        >>> k, v = cache.append(*np.arange(4.0).reshape(2, 2, 1, 1, 1))
+        >>> cache.reorder_cache([1, 1]), float(cache.snapshot().held.k[0, 0, 0, 0])
+        (None, 1.0)
+        """
+        self._select("reorder_cache", index, same=True)
+
+    def batch_select_indices(self, index: Any) -> None:
+        """Keep the batch entries ``index``, in its order; the batch becomes as long as it is.
+
+        Parameters
+        ----------
+        index : array of int, shape (n,)
+            Entries may repeat.
+
+        Raises
+        ------
+        ArgumentError
+            If an entry is out of range.
+
+        >>> import numpy as np, sparseattn as sa
+        >>> cache = sa.Cache()
+        >>> _ = cache.append(np.ones((3, 2, 5, 4)), np.ones((3, 2, 5, 4)))
+        >>> cache.batch_select_indices([0, 2]), cache.snapshot().held.k.shape
+        (None, (2, 2, 5, 4))
+        """
+        self._select("batch_select_indices", index, same=False)
+
+    def _select(self, method: str, index: Any, same: bool) -> None:
+        array, _ = to_array("index", index)
+        if array.size == 0:
+            array = array.astype(np.intp)
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise ArgumentError(
+                f"{method} takes a list of batch entries, got {array.dtype} of shape {array.shape}"
+            )
+        with self._alone:
+            held = self._held
+            if held is None:
+                raise ArgumentError(f"{method}: the cache is empty and has no batch yet")
+            batch = held.k.shape[0]
+            if same and array.size != batch:
+                raise ArgumentError(
+                    f"reorder_cache needs one entry for each of the {batch} of the batch, got "
+                    f"{array.size}: batch_select_indices() changes the batch"
+                )
+            wrong = array[(array < 0) | (array >= batch)]
+            if wrong.size:
+                raise ArgumentError(
+                    f"{method}: index must name batch entries 0 to {batch - 1}, got {wrong[0]}"
+                )
+            if array.size == batch and (array == np.arange(batch)).all():
+                return
+            buffers = []
+            for old in (held.k, held.v):
+                fresh = empty("the cache", (array.size, *old.shape[1:]), old.dtype)
+                fresh[:, :, : held.kept] = old[array, :, : held.kept]
+                buffers.append(fresh)
+            there = None if held.there is None else held.there[array]
+            there = None if there is None or there.all() else there
+            self._held = held._replace(k=buffers[0], v=buffers[1], there=there)
+
+    # ---- saving ---------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """A copy of what is kept; it costs as much as copying those rows.
+
+        Returns
+        -------
+        Snapshot
+            With ``nbytes``; to be given to :meth:`restore` of this cache or of another with the
+            same spec and rollback, any number of times.
+
+        >>> import numpy as np, sparseattn as sa
+        >>> cache, x = sa.Cache(), np.ones((1, 2, 5, 4))
+        >>> saved, _ = cache.snapshot(), cache.append(x, x)
+        >>> cache.restore(saved).get_seq_length()
+        0
+        """
+        with self._alone:
+            return Snapshot(self.spec, self.rollback, copied(self._held))
+
+    def restore(self, s: Snapshot) -> Cache:
+        """Become what the snapshot was, to the bit.
+
+        Parameters
+        ----------
+        s : Snapshot
+
+        Returns
+        -------
+        Cache
+            This one.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            If it is of a cache with another spec, rollback or dtype.
+
+        >>> import numpy as np, sparseattn as sa
+        >>> cache, x = sa.Cache(), np.ones((1, 2, 5, 4))
+        >>> _ = cache.append(x, x)
+        >>> sa.Cache().restore(cache.snapshot()).get_seq_length()
+        5
+        """
+        if not isinstance(s, Snapshot):
+            raise ArgumentError(f"restore takes what snapshot() gave, got {type(s).__name__}")
+        mine, theirs = ((x.spec, x.rollback) for x in (self, s))
+        if mine != theirs:
+            raise ArgumentError(
+                f"the snapshot is of a cache of {theirs[0]} with rollback={theirs[1]} and this is "
+                f"one of {mine[0]} with rollback={mine[1]}: make a cache like that"
+            )
+        if s.held is not None and self._wanted not in (None, s.held.stored):
+            raise DtypeError(
+                f"the snapshot is of a {s.held.stored} cache and this is a {self._wanted} one: "
+                f"make sa.Cache(..., dtype={s.held.stored!r})"
+            )
+        with self._alone:
+            self._held = copied(s.held)
+        return self
+
+    # ---- attending ------------------------------------------------------------------------------
+
+    def accept(self, spec: Any) -> None:
+        """Refuse a spec that is not the cache's own; None stands for that."""
+        if spec is None or spec is self._said or spec is self.spec:
+            return
+        given = read_spec(spec)
+        if given != self.spec:
+            raise ArgumentError(
+                f"the cache is made for {self.spec} and spec is {given}: "
+                f"make one for that, sa.Cache({str(given)!r})"
+            )
+        self._said = spec
+
+    def reach(self, staged: Staged, n_q: int) -> int:
+        """The row of ``staged`` from which on ``n_q`` queries at the end need keys."""
+        if self._all:
+            return 0
+        first = staged.held.total - n_q - self._left
+        if first < staged.start and staged.start > self._pinned:
+            raise ArgumentError(
+                f"q has {n_q} rows, and the cache of {self.spec} has forgotten keys that the first "
+                "of them may see: pass as many queries as new keys"
+            )
+        return 0 if self._pinned else max(0, first - staged.start)
+
+
+def attend_cached(
+    cache: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: Any,
+    *,
+    params: Any = None,
+    causal: Any = False,
+    mask: Any = None,
+    key_mask: Any = None,
+    bias: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+    dropout_p: Any = 0.0,
+    cu_seqlens: Any = None,
+    return_weights: Any = False,
+    **terms: Any,
+) -> Any:
+    """``attention(..., cache=cache)``; ``terms`` are ``scale`` and ``softcap``."""
+    if not isinstance(cache, Cache):
+        raise ArgumentError(f"cache must be a sa.Cache, got {type(cache).__name__}")
+    cache.accept(spec)
+    refuse_others(dropout_p, cu_seqlens, return_weights)
+    refuse_gradients(q=q, k=k, v=v, bias=bias)
+    check_causal(cache, causal)
+    ops = read_operands(q, k, v)
+    with cache._alone:
+        staged = cache._stage(ops.k, ops.v, ops.stored, key_mask, ops.lead)
+        n_q, total = ops.q.shape[2], staged.held.total
+        low = cache.reach(staged, n_q)
+        kept = Operands(
+            ops.q, staged.k[:, :, low:], staged.v[:, :, low:], ops.lead, ops.stored, ops.torch
+        )
+        first = staged.start + low
+        mask, bias = (
+            None if x is None else cut(name, x, cache._pinned, first, total)
+            for name, x in (("mask", mask), ("bias", bias))
+        )
+        problem = read_problem(kept, causal=causal, mask=mask, bias=bias, params=params, **terms)
+        if staged.there is not None:
+            problem = problem._replace(key_mask=staged.there[:, low:])
+        target = make_target(out, kept, problem)
+        taken = check_params(params, cache.spec.arrays, cache.spec)
+        if cache.spec.arrays:
+            taken = {**(taken or {}), PAST: total - n_q}
+        eager = Eager(kept, problem, target.array, return_lse)
+        result, lse = cache.spec.apply(eager, kept.q, kept.k, kept.v, taken)
+        if result is not target.array:
+            store(target.array, result)
+        given = target.finish(kept)
+        cache._held = staged.held
+    return OutLse(given, kept.give(lse)) if return_lse else given
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def read_spec(spec: Any) -> Variant:
+    """The spec of one layer."""
+    if isinstance(spec, Plan):
+        raise ArgumentError("a plan is of one call: give the cache a spec, as in sa.Cache('dense')")
+    variant = parse("dense" if spec is None else spec)
+    if variant.layer(0) is not variant:
+        raise ArgumentError(
+            f"{variant} says one spec a layer, and a cache is of one layer: pass spec.layer(i)"
+        )
+    return variant
+
+
+def read_dtype(dtype: Any) -> str:
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name not in REAL + HALF:
+        try:  # an array type such as np.float16, a code such as "f2"
+            name = np.dtype(dtype).name
+        except TypeError:
+            pass
+    if name not in REAL + HALF:
+        raise DtypeError(f"dtype must be one of {', '.join(REAL + HALF)}, got {dtype!r:.80}")
+    return name
+
+
+def check_causal(cache: Cache, causal: Any) -> None:
+    align = 1 if causal is True else read_causal(causal)
+    if align == 2:
+        raise ArgumentError(
+            f"causal={causal!r} counts rows from the first key, and with a cache the queries stand "
+            "at the last: pass causal=True"
+        )
+    if align == 0 and not cache._all:
+        raise ArgumentError(
+            f"causal=False may show any key, and a cache of {cache.spec} forgets keys: "
+            "pass causal=True"
+        )
+
+
+def refuse_others(dropout_p: Any, cu_seqlens: Any, return_weights: Any) -> None:
+    if dropout_p != 0:
+        raise ArgumentError(f"dropout_p is for training and a cache is not, got {dropout_p!r:.80}")
+    if cu_seqlens is not None:
+        raise ArgumentError(
+            "cu_seqlens packs whole sequences and a cache grows a batch of them: pad them and "
+            "pass key_mask="
+        )
+    if return_weights:
+        raise NotSupported(
+            "return_weights comes in a later version with a cache: pass all keys and values so far "
+            "as k and v"
+        )
+
+
+def refuse_gradients(**given: Any) -> None:
+    for name, x in given.items():
+        if is_torch(x) and x.requires_grad:
+            import torch
+
+            if torch.is_grad_enabled():
+                raise NotSupported(
+                    f"{name} requires grad, and no gradient goes through a cache: call under "
+                    "torch.no_grad(), or pass all keys and values so far as k and v"
+                )
+
+
+def cut(name: str, x: Any, pinned: int, first: int, total: int) -> Array:
+    """The columns of the kept keys, of an array for all ``total`` keys or for one column."""
+    array, _ = to_array(name, x)
+    if array.ndim == 0 or array.shape[-1] == 1 != total:
+        return array
+    if array.shape[-1] != total:
+        raise ArgumentError(
+            f"{name} must have one column or {total}, one a token so far, got shape {array.shape}"
+        )
+    return join(array, pinned, first, total)
+
+
+def join(x: Array, pinned: int, first: int, total: int) -> Array:
+    """Columns [0, pinned) and [first, total)."""
+    if first <= pinned:
+        return x
+    return x[..., first:] if pinned == 0 else np.concatenate([x[..., :pinned], x[..., first:]], -1)
+
+
+# ---- storage ------------------------------------------------------------------------------------
+
+
+def rounded(x: Array, dtype: np.dtype[Any]) -> Array:
+    """``x`` in a storage type: itself, or a copy."""
+    if x.dtype == dtype:
+        return x
+    real = widen(x) if is_half(x) else x
+    return narrow(real, dtype) if dtype in HALVES else real
+
+
+def copied(held: Held | None) -> Held | None:
+    """The same in memory of its own, without free rows."""
+    if held is None:
+        return None
+    k, v = (x[:, :, : held.kept].copy() for x in (held.k, held.v))
+    return held._replace(k=k, v=v)
+
+
+def size_of(held: Held | None) -> int:
+    if held is None:
+        return 0
+    there = 0 if held.there is None else held.there.nbytes
+    return held.k.nbytes + held.v.nbytes + there
