@@ -20,6 +20,7 @@ from sparseattn.inputs import (
     read_operands,
     read_problem,
 )
+from sparseattn.packed import build, read_cu_seqlens
 from sparseattn.plan import Plan, plan, refuse_keywords
 from sparseattn.variants.base import Piece, Problem, Variant, parse
 from sparseattn.weights import Weights, dense_weights
@@ -81,7 +82,7 @@ class Eager:
         if isinstance(spec, Plan):
             made = spec.for_call(self.ops)
         else:
-            pieces = spec.build(q, k, self.problem, params)
+            pieces = build(spec, q, k, self.problem, params)
             shape = (*q.shape[:3], k.shape[2])
             made = Plan(pieces, self.problem, shape, k.shape[1], self.ops.lead, spec)
         self.plan = made
@@ -157,7 +158,7 @@ def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) ->
         store(one, np.ones(1, real_type(k.dtype)))
         k = np.concatenate([k, one], -1)
         problem = problem._replace(scale=1.0)
-    dense = _core.plan_build("dense", parse("dense"), None, q, k, problem)
+    ((dense, *_),) = build(parse("dense"), q, k, problem, None)
     nothing = np.broadcast_to(np.zeros(1, lse.dtype), (*k.shape[:3], 1))
     kept, full, ignored = (np.empty(s, lse.dtype) for s in (lse.shape, lse.shape, (*lse.shape, 1)))
     _core.attend(q, k, nothing, piece.core, problem, ignored, kept)
@@ -331,13 +332,12 @@ def read_call(
     ops = read_operands(q, k, v)
     sight = {"causal": causal, "mask": mask, "key_mask": key_mask}
     if isinstance(spec, Plan):
-        refuse_with_plan(spec, sight, params)
-        sight = {}
+        refuse_with_plan(spec, {**sight, "cu_seqlens": cu_seqlens}, params)
+        sight, cu_seqlens = {}, None
     problem = read_problem(ops, **sight, params=params, **terms)
     if cu_seqlens is not None:
-        raise NotSupported(
-            "cu_seqlens comes in a later version: pass one call a sequence, or mask="
-        )
+        offsets = read_cu_seqlens(cu_seqlens, ops.q.shape[2], ops.k.shape[2])
+        problem = problem._replace(cu_seqlens=offsets)
     return Call(ops, spec, params, problem)
 
 
@@ -348,7 +348,12 @@ def run(
     if isinstance(spec, Plan):
         made = spec.for_call(ops)
         under = made.problem
-        problem = problem._replace(causal=under.causal, mask=under.mask, key_mask=under.key_mask)
+        problem = problem._replace(
+            causal=under.causal,
+            mask=under.mask,
+            key_mask=under.key_mask,
+            cu_seqlens=under.cu_seqlens,
+        )
         eager = Eager(ops, problem, target.array, want_lse)
         result, lse = eager.attend(ops.q, ops.k, ops.v, made)
     else:

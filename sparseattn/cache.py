@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sparseattn import _core
 from sparseattn.attention import Eager, OutLse
 from sparseattn.errors import ArgumentError, CacheInUse, DtypeError, NotSupported
 from sparseattn.half import (
     HALF,
     REAL,
     is_half,
-    narrow,
+    kind_of,
     real_type,
     storage_type,
     store,
@@ -709,7 +710,11 @@ def rounded(x: Array, dtype: np.dtype[Any]) -> Array:
     if x.dtype == dtype:
         return x
     real = widen(x) if is_half(x) else x
-    return narrow(real, dtype) if dtype in HALVES else real
+    if dtype not in HALVES:
+        return real
+    half = np.empty(x.shape, dtype)  # as half.narrow, without what arrays of any layout need there
+    _core.narrow(np.ascontiguousarray(real).reshape(-1), kind_of(dtype), half.reshape(-1))
+    return half
 
 
 def copied(held: Held | None) -> Held | None:

@@ -231,7 +231,8 @@ class Pass(NamedTuple):
         into = (self.dq, self.dk, self.dv, self.dbias)
         if any(x is not None for x in into):
             terms = (self.problem, self.dout, self.lse, self.delta)
-            _core.attend_grad(self.q, self.k, self.v, core, *terms, *into)
+            read = (self.dout, self.lse, self.delta)
+            _core.attend_grad(self.q, self.k, self.v, core, self.problem, *read, *into)
 
     def of_piece(self, piece: Piece, group: int) -> Pass:
         """The same for the heads of one piece of a plan."""
@@ -335,7 +336,7 @@ def pull_piece(piece: Piece, back: Pass) -> Pass:
 
 def dense_piece(back: Pass) -> Piece:
     """All that causality and masks show."""
-    (piece,) = parse("dense").build(back.q, back.k, back.problem, None)
+    (piece,) = build(parse("dense"), back.q, back.k, back.problem, None)
     return piece
 
 

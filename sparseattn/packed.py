@@ -40,18 +40,23 @@ def is_row(x: Any) -> bool:
     return isinstance(x, tuple | list) or getattr(x, "ndim", 0) > 0
 
 
-def read_offsets(name: str, given: Any, axis: str, length: int) -> Array:
+def read_ints(name: str, given: Any) -> Array:
+    """A private int64 copy of an array of integers."""
     array, stored = to_array(name, given)
-    if array.ndim != 1 or array.size == 0:
-        raise ArgumentError(
-            f"{name} must be the offsets of the sequences and the length, shape (sequences + 1,), "
-            f"got shape {array.shape}"
-        )
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.size:
         raise DtypeError(
             f"{name} has dtype {stored}, not integers: pass {cast(name, given, 'np.int64', 'long')}"
         )
-    offsets = array.astype(np.int64)  # always a copy: nobody else writes it
+    return array.astype(np.int64)
+
+
+def read_offsets(name: str, given: Any, axis: str, length: int) -> Array:
+    offsets = read_ints(name, given)
+    if offsets.ndim != 1 or offsets.size == 0:
+        raise ArgumentError(
+            f"{name} must be where each sequence begins, then the length: shape (sequences + 1,), "
+            f"got shape {offsets.shape}"
+        )
     if offsets[0] != 0:
         raise ArgumentError(f"{name} must start at 0, where the first sequence does, got {given!r:.80}")
     falls = np.flatnonzero(offsets[1:] < offsets[:-1])

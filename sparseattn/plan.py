@@ -5,18 +5,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from sparseattn import _core
 from sparseattn.errors import ArgumentError, UnknownArgument
-from sparseattn.inputs import Operands, check_params, read_bool, read_operands, read_problem
+from sparseattn.inputs import (
+    Operands,
+    check_params,
+    read_bool,
+    read_causal,
+    read_operands,
+    read_problem,
+)
+from sparseattn.packed import build, read_cu_seqlens, read_ints
 from sparseattn.variants.base import Piece, Problem, Variant, parse
 from sparseattn.weights import Rows
 
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array
+
+Shape: TypeAlias = tuple[int, int, int, int]
+Remake: TypeAlias = Callable[[Shape, tuple[int, ...], int], "Plan"]  # shape, lead, kv heads
 
 MOD_ROWS = 1024  # rows of a mask_mod evaluated at once
 PICTURE = 64  # cells a side
@@ -38,6 +49,12 @@ RENAMED = {
     "softcapping": "softcap",
     "window_size": "spec, as in sa.Window(window_size=(left, right))",
     "sliding_window": "spec, as in sa.Window(64)",
+    "cu_seqlens_q": "cu_seqlens, as in cu_seqlens=(cu_q, cu_k)",
+    "cu_seqlens_k": "cu_seqlens, as in cu_seqlens=(cu_q, cu_k)",
+    "max_seqlen": "nothing: cu_seqlens says it",
+    "max_seqlen_q": "nothing: cu_seqlens says it",
+    "max_seqlen_k": "nothing: cu_seqlens says it",
+    "document_ids": "spec=sa.Plan.from_documents(ids)",
     "block_mask": "spec, as in sa.BlockMask(64), or a plan",
     "enable_gqa": "nothing: unequal numbers of heads just work",
     "need_weights": "return_weights",
@@ -56,12 +73,12 @@ class PlanCounts(NamedTuple):
     """Pairs over all batches and heads, and rows over all batches and kv heads."""
 
     kept: int  # (query, key) pairs that the plan shows
-    visible: int  # pairs that causality and masks alone would show; of a plan of a mask, all
+    visible: int  # pairs that causality, masks and cu_seqlens alone would show; of a mask, all
     union_rows: int  # distinct keys that the heads of a kv group see together, summed over rows
 
 
 class Plan:
-    """Which keys each query row sees. Made by ``sa.plan``, ``from_mask`` or ``from_mask_mod``.
+    """Which keys each query row sees. Made by ``sa.plan`` or one of the functions ``from_...``.
 
     ``sa.attention(q, k, v, plan)`` runs it, under the causality and masks it was made with.
 
@@ -70,7 +87,9 @@ class Plan:
     batch, heads, kv_heads, n_q, n_k : int
         Leading axes count as one batch.
     spec : Variant or None
-        What it was made from; None for masks.
+        What it was made from; None for masks, intervals and documents.
+    cu_seqlens : tuple of arrays or None
+        Offsets of queries and of keys of the sequences that are packed.
 
     >>> import numpy as np, sparseattn as sa
     >>> plan = sa.Plan.from_mask(np.tri(4, dtype=bool))
@@ -78,17 +97,17 @@ class Plan:
     10
     """
 
-    __slots__ = ("_counts", "_mask", "kv_heads", "lead", "pieces", "problem", "shape", "spec")
+    __slots__ = ("_counts", "_remake", "kv_heads", "lead", "pieces", "problem", "shape", "spec")
 
     def __init__(
         self,
         pieces: tuple[Piece, ...],
         problem: Problem,
-        shape: tuple[int, int, int, int],
+        shape: Shape,
         kv_heads: int,
         lead: tuple[int, ...],
         spec: Variant | None,
-        mask: Array | None = None,
+        remake: Remake | None = None,
     ) -> None:
         self.pieces = pieces
         self.problem = problem
@@ -96,7 +115,7 @@ class Plan:
         self.kv_heads = kv_heads
         self.lead = lead
         self.spec = spec
-        self._mask = mask
+        self._remake = remake  # of what holds for other batches and heads as well
         self._counts: PlanCounts | None = None
 
     @staticmethod
@@ -150,14 +169,108 @@ class Plan:
         """
         sizes = {"B": 1 if B is None else B, "H": 1 if H is None else H, "n_q": n_q, "n_k": n_k}
         for name, size in sizes.items():
-            if not isinstance(size, int | np.integer) or size < 0:
-                raise ArgumentError(f"{name} must be a number of at least 0, got {size!r}")
+            _check_size(name, size)
         mask = np.empty(tuple(sizes.values()), bool)
         for b, h in np.ndindex(mask.shape[:2]):
             for i in range(0, n_q, MOD_ROWS):
                 rows = np.arange(i, min(i + MOD_ROWS, n_q))[:, None]
                 mask[b, h, i : i + MOD_ROWS] = _call_mod(fn, b, h, rows, np.arange(n_k)[None])
         return _from_mask(mask, (mask.shape[0],))
+
+    @staticmethod
+    def from_intervals(
+        lo: Any, hi: Any, n_k: int, batch: int | None = None, heads: int | None = None
+    ) -> Plan:
+        """The plan of one interval of keys a row: row i sees key j iff ``lo[i] <= j < hi[i]``.
+
+        In O(n_q) memory: documents, a prefix of another length for each batch entry, ragged keys.
+
+        Parameters
+        ----------
+        lo, hi : array of int, shape (n_q,) or (batch, n_q)
+            ``0 <= lo <= hi <= n_k``; a row with ``lo = hi`` sees nothing. They broadcast together,
+            so that ``lo`` may be 0. Copied.
+        n_k : int
+            Number of keys.
+        batch, heads : int or None
+            None: any number of heads, and any batch unless ``lo`` or ``hi`` says which.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            If shapes disagree, an interval is not within the keys, or the dtype is not an integer.
+
+        >>> import numpy as np, sparseattn as sa
+        >>> hi = np.maximum(np.arange(1, 7), [[2], [4]])  # prefix-LM: 2 keys, and 4
+        >>> sa.Plan.from_intervals(0, hi, 6).to_mask().sum(-1).tolist()
+        [[[2, 2, 3, 4, 5, 6]], [[4, 4, 4, 4, 5, 6]]]
+        """
+        low, high = read_ints("lo", lo), read_ints("hi", hi)
+        try:
+            low, high = np.broadcast_arrays(low, high)
+        except ValueError:
+            raise ArgumentError(
+                f"lo and hi must have one shape, got {low.shape} and {high.shape}"
+            ) from None
+        if low.ndim not in (1, 2):
+            raise ArgumentError(f"lo and hi must be (n_q,) or (batch, n_q), got {low.shape}")
+        sizes = {"n_k": n_k, "batch": batch, "heads": heads}
+        for name, size in sizes.items():
+            _check_size(name, size, least=int(name == "heads"))
+        low, high = (np.array(x, order="C", ndmin=2) for x in (low, high))  # nobody else's
+        shape = (low.shape[0] if batch is None else batch, heads or 1, low.shape[1], n_k)
+        return _from_intervals(low, high, shape, shape[:1])
+
+    @staticmethod
+    def from_documents(ids: Any, causal: Any = True, heads: int | None = None) -> Plan:
+        """The plan of documents packed one after the other: tokens see their own document alone.
+
+        Parameters
+        ----------
+        ids : array of int, shape (n,) or (batch, n)
+            The document of each token, any numbers; each document is one run of tokens.
+        causal : bool
+            Whether a token sees those up to itself, or all of its document.
+        heads : int or None
+            None: any number. Of shape (n,), ``ids`` serve any batch.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            If a document comes back after another, or ``ids`` are not integers of such a shape.
+
+        >>> import sparseattn as sa
+        >>> sa.Plan.from_documents([7, 7, 7, 2, 2]).to_mask().sum(-1).tolist()
+        [[[1, 2, 3, 1, 2]]]
+        """
+        array = read_ints("ids", ids)
+        if array.ndim not in (1, 2):
+            raise ArgumentError(f"ids must be (n,) or (batch, n), got shape {array.shape}")
+        array = np.array(array, ndmin=2)
+        at = np.arange(array.shape[1])
+        first = np.ones(array.shape, bool)  # of its document
+        first[:, 1:] = array[:, 1:] != array[:, :-1]
+        for b, row in enumerate(array):
+            starts = np.flatnonzero(first[b])
+            found, where = np.unique(row[starts], return_index=True)
+            if found.size < starts.size:
+                again = int(starts[np.setdiff1d(np.arange(starts.size), where)[0]])
+                raise ArgumentError(
+                    f"ids must have each document in one run, and batch entry {b} comes back to "
+                    f"{row[again]} at token {again}: pass mask=ids[:, None] == ids for such"
+                )
+        lo = np.maximum.accumulate(np.where(first, at, 0), 1)
+        hi = np.broadcast_to(at + 1, array.shape)
+        if not read_causal(causal):
+            last = np.ones(array.shape, bool)
+            last[:, :-1] = first[:, 1:]
+            ends = np.where(last, at + 1, at.size)
+            hi = np.minimum.accumulate(ends[:, ::-1], 1)[:, ::-1]
+        return Plan.from_intervals(lo, hi, at.size, heads=heads)
+
+    @property
+    def cu_seqlens(self) -> tuple[Array, Array] | None:
+        return self.problem.cu_seqlens
 
     @property
     def batch(self) -> int:
@@ -197,7 +310,7 @@ class Plan:
                 low, high = piece.kv_range(self.group)
                 total += np.array(piece.core.count(high - low), object)
             kept, visible, union_rows = map(int, total)
-            if self._mask is not None:
+            if self._remake is not None:
                 visible = math.prod(self.shape)
             self._counts = PlanCounts(kept, visible, union_rows)
         return self._counts
@@ -215,15 +328,14 @@ class Plan:
         return mask.reshape(self.lead + self.shape[1:])
 
     def for_call(self, ops: Operands) -> Plan:
-        """This plan, or the same mask for more batches and heads; else an error."""
+        """This plan, or the same for more batches and heads; else an error."""
         wanted, have = ops.score_shape, self.shape
         kv_heads = ops.k.shape[1]
         if have == wanted and kv_heads == self.kv_heads:
             return self
-        mask = self._mask
         fits = have[2:] == wanted[2:] and have[0] in (1, wanted[0]) and have[1] in (1, wanted[1])
-        if mask is not None and fits:
-            return _from_mask(np.broadcast_to(mask, wanted), ops.lead, kv_heads)
+        if self._remake is not None and fits:
+            return self._remake(wanted, ops.lead, kv_heads)
         raise ArgumentError(
             f"the plan is for (batch, heads, n_q, n_k) = {have} with {self.kv_heads} kv heads, and "
             f"q, k are {wanted} with {ops.k.shape[1]}: make a plan for them"
@@ -236,6 +348,8 @@ class Plan:
 
     def __repr__(self) -> str:
         source = "mask" if self.spec is None else str(self.spec)
+        if self.cu_seqlens is not None:
+            source += f" in {self.cu_seqlens[0].size - 1} sequences"
         batch, heads, n_q, n_k = self.shape
         return (
             f"<Plan of {source}: batch {batch}, heads {heads}, n_q {n_q}, n_k {n_k}, "
@@ -252,12 +366,32 @@ class Plan:
 
 def _from_mask(mask: Array, lead: tuple[int, ...], kv_heads: int | None = None) -> Plan:
     """From a 4-D bool array that nobody else writes."""
-    core = _core.plan_from_mask(mask)
+
+    def remake(shape: Shape, lead: tuple[int, ...], kv_heads: int) -> Plan:
+        return _from_mask(np.broadcast_to(mask, shape), lead, kv_heads)
+
     batch, heads, n_q, n_k = mask.shape
-    problem = Problem(mask=mask)
+    pieces = (Piece(_core.plan_from_mask(mask), 0, heads),)
     shape = (batch, heads, n_q, n_k)
-    pieces = (Piece(core, 0, heads),)
-    return Plan(pieces, problem, shape, kv_heads or heads, lead, None, mask)
+    return Plan(pieces, Problem(mask=mask), shape, kv_heads or heads, lead, None, remake)
+
+
+def _from_intervals(
+    lo: Array, hi: Array, shape: Shape, lead: tuple[int, ...], kv_heads: int | None = None
+) -> Plan:
+    """From int64 arrays (batch or 1, n_q) that nobody else writes."""
+
+    def remake(shape: Shape, lead: tuple[int, ...], kv_heads: int) -> Plan:
+        return _from_intervals(lo, hi, shape, lead, kv_heads)
+
+    batch, heads, _, n_k = shape
+    pieces = (Piece(_core.plan_from_intervals(lo, hi, n_k, batch, heads), 0, heads),)
+    return Plan(pieces, Problem(), shape, kv_heads or heads, lead, None, remake)
+
+
+def _check_size(name: str, size: Any, least: int = 0) -> None:
+    if size is not None and (not isinstance(size, int | np.integer) or size < least):
+        raise ArgumentError(f"{name} must be a number of at least {least}, got {size!r:.80}")
 
 
 def _call_mod(fn: Callable[..., Any], b: int, h: int, rows: Array, keys: Array) -> Array:
@@ -278,7 +412,7 @@ def make_plan(ops: Operands, spec: Any, problem: Problem, params: Any) -> Plan:
     """The plan of a spec or its text for operands that have passed the door."""
     variant = parse("dense" if spec is None else spec)
     taken = check_params(params, variant.arrays, variant)
-    pieces = variant.build(ops.q, ops.k, problem, taken)
+    pieces = build(variant, ops.q, ops.k, problem, taken)
     return Plan(pieces, problem, ops.score_shape, ops.k.shape[1], ops.lead, variant)
 
 
@@ -294,6 +428,7 @@ def plan(
     key_mask: Any = None,
     bias: Any = None,
     softcap: Any = None,
+    cu_seqlens: Any = None,
     **wrong: Any,
 ) -> Plan:
     """Which keys each query would see: the structure of an attention call, without its arithmetic.
@@ -304,8 +439,8 @@ def plan(
         float32, float64, float16 or bfloat16; patterns use the shapes only, selectors the values.
     spec : spec or str
         None is dense.
-    params, causal, scale, mask, key_mask, bias, softcap
-        As in :func:`attention`; the plan holds copies of the masks.
+    params, causal, scale, mask, key_mask, bias, softcap, cu_seqlens
+        As in :func:`attention`; the plan holds copies of the masks and offsets.
 
     Returns
     -------
@@ -322,7 +457,7 @@ def plan(
     >>> sa.plan(x, x, "window:10", causal=True).count().kept
     3820
     """
-    known = ("params", "causal", "scale", "mask", "key_mask", "bias", "softcap")
+    known = ("params", "causal", "scale", "mask", "key_mask", "bias", "softcap", "cu_seqlens")
     refuse_keywords("plan", wrong, known)
     if isinstance(spec, Plan):
         raise ArgumentError("plan() makes a plan of a spec, got a Plan: use it as it is")
@@ -333,6 +468,9 @@ def plan(
     problem = read_problem(
         ops, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap
     )
+    if cu_seqlens is not None:
+        offsets = read_cu_seqlens(cu_seqlens, ops.q.shape[2], ops.k.shape[2])
+        problem = problem._replace(cu_seqlens=offsets)
     return make_plan(ops, spec, problem, params)
 
 

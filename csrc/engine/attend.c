@@ -1,10 +1,12 @@
 /* attend.c - cuts a call into tasks by shape and runs the rows pass over each. */
 #include "engine/attend.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "base/threads.h"
 #include "engine/attend_call.h"
+#include "engine/dropout.h"
 #include "engine/score.h"
 
 sa_cursor
@@ -87,6 +89,28 @@ sa_group_terms(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n,
                    tile->keys + x0, n, t);
 }
 
+void
+sa_group_keep(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, void *keep)
+{
+    const sa_query *const q = &g->s.query[r];
+    sa_dropout_row(g->call->p, g->b, q->head, q->i, tile->keys + x0, n, keep);
+}
+
+/* A key that all rows see, with value 0: its weight stands in l. The first piece has it. */
+void
+sa_group_sink(const sa_group *g, int r, void *m, void *l)
+{
+    const sa_tile *const t = g->call->tile;
+    const sa_view sink = g->call->p->sink;
+    double score = -INFINITY;
+    if (sink.data != NULL && g->piece == 0) {
+        const void *const at = sa_view_row(sink, 0, g->s.query[r].head, 0);
+        score = sink.dtype == SA_F64 ? *(const double *)at : (double)*(const float *)at;
+    }
+    t->fill(m, 1, score);
+    t->fill(l, 1, score == -INFINITY ? 0.0 : 1.0);
+}
+
 char *
 sa_partial_row(const sa_attend_call *call, int64_t piece, int64_t b, const sa_query *q)
 {
@@ -154,6 +178,7 @@ sa_attend_carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *
            sa_take(arena, &s->s, (SA_TILE_KEYS + SA_TILE_STEP) * w * real) +
            sa_take(arena, &s->t, SA_TILE_KEYS * w * real) +
            sa_take(arena, &s->t_rows, SA_TILE_KEYS * w * real) +
+           sa_take(arena, &s->keep, (SA_TILE_KEYS + SA_TILE_STEP) * w * real) +
            sa_take(arena, &s->k, SA_TILE_KEYS * dim * real) +
            sa_take(arena, &s->v, SA_TILE_KEYS * dim_v * real) +
            sa_take(arena, &s->factor, w * real) + sa_take(arena, &s->lse, w * real);

@@ -45,6 +45,7 @@ typedef struct {
     char *qt, *o, *m, *l; /* [strips][dim][w], [strips][dim_v][w], [strips][w] */
     char *s, *t;          /* [KEYS + STEP][w] scores; [KEYS][w] terms, or scores before the fold */
     char *t_rows;         /* [w][KEYS] terms by row                        */
+    char *keep;           /* [KEYS][w] what dropout keeps                  */
     char *k, *v;          /* [KEYS][dim], [KEYS][dim_v]: rows that are not read in place */
     char *factor, *lse;   /* [w]                                           */
 } sa_attend_scratch;
@@ -103,6 +104,10 @@ bool sa_cursor_next(sa_cursor *c, sa_key_tile *tile);
 void sa_tile_rows(const sa_group *g, sa_key_tile *tile, bool k_in_place, bool v_in_place);
 /* Terms of query row r of the group for the tile's keys from x0 on. */
 void sa_group_terms(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, void *t);
+/* The same of what dropout keeps: 0 or 1 / (1 - dropout_p). */
+void sa_group_keep(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, void *keep);
+/* m and l of query row r before any key: of the sink, if there is one. */
+void sa_group_sink(const sa_group *g, int r, void *m, void *l);
 /* Writes one row's (m, l, o) where it belongs: the partial of its piece. */
 char *sa_partial_row(const sa_attend_call *call, int64_t piece, int64_t b, const sa_query *q);
 void sa_lse_write(const sa_attend_call *call, int64_t b, const sa_query *q, const void *lse);

@@ -6,7 +6,6 @@
 
 #include "base/threads.h"
 #include "engine/attend_grad_call.h"
-#include "engine/dropout.h"
 
 enum {
     WANTED_TASKS = 64, /* keep any number of threads busy ...                 */
@@ -59,13 +58,6 @@ sa_grad_key_rows(const sa_grad_group *gg, const sa_key_tile *tile)
     }
 }
 
-void
-sa_grad_keep(const sa_grad_group *gg, int r, const sa_key_tile *tile, int x0, int n, void *keep)
-{
-    const sa_query *const q = &gg->g.s.query[r];
-    sa_dropout_row(gg->g.call->p, gg->g.b, q->head, q->i, tile->keys + x0, n, keep);
-}
-
 /* Carves a worker's scratch; with arena NULL only counts the bytes. */
 static size_t
 carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *a, sa_grad_scratch *s)
@@ -82,7 +74,7 @@ carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *a, sa_grad
            sa_take(arena, &s->p, SA_GROUP_STRIPS * keys * w * real) +
            sa_take(arena, &s->ds, SA_GROUP_STRIPS * keys * w * real) +
            sa_take(arena, &s->seen, SA_GROUP_STRIPS * keys * w * real) +
-           sa_take(arena, &s->capped, keys * w * real) + sa_take(arena, &s->keep, keys * w * real) +
+           sa_take(arena, &s->capped, keys * w * real) +
            sa_take(arena, &s->dk_row, SA_TILE_KEYS * sizeof(void *)) +
            sa_take(arena, &s->dv_row, SA_TILE_KEYS * sizeof(void *));
 }

@@ -21,7 +21,7 @@ typedef struct {
     char *lse, *delta;       /* [strips * w], at least [KEYS + w]; delta times ds_scale      */
     char *q, *dout;          /* [strips * w][ld_q], [strips * w][ld_v]: the rows as they lie */
     char *p, *ds, *seen;     /* [strips][KEYS + STEP][w]                                     */
-    char *capped, *keep;     /* [KEYS + STEP][w]                                             */
+    char *capped;            /* [KEYS + STEP][w]                                             */
     void **dk_row, **dv_row; /* [KEYS]                                                       */
 } sa_grad_scratch;
 
@@ -53,8 +53,5 @@ void sa_grad_row(const sa_grad_group *g, int r, double *lse, double *delta);
 void sa_grad_load(const sa_grad_group *g, char *to, int64_t ld, sa_view from, int r, int dim);
 /* dk_row, dv_row of a tile's keys. */
 void sa_grad_key_rows(const sa_grad_group *g, const sa_key_tile *tile);
-/* What dropout keeps of group row r and the tile's keys from x0 on. */
-void sa_grad_keep(const sa_grad_group *g, int r, const sa_key_tile *tile, int x0, int n,
-                  void *keep);
 
 #endif

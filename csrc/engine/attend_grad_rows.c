@@ -32,10 +32,10 @@ row_weights(const sa_grad_group *gg, int r, const sa_key_tile *tile, int a, int 
         t->fill(gg->s.ds, n, 0.0);
     }
     if (drops) {
-        sa_grad_keep(gg, r, tile, a, n, gg->s.keep);
+        sa_group_keep(&gg->g, r, tile, a, n, gg->g.s.keep);
     }
     t->weights_grad(gg->s.p, gg->s.ds, caps && !gg->raw ? gg->s.capped : NULL,
-                    drops ? gg->s.keep : NULL, wide, wide, 1, gg->s.lse, gg->s.delta, p->softcap);
+                    drops ? gg->g.s.keep : NULL, wide, wide, 1, gg->s.lse, gg->s.delta, p->softcap);
 }
 
 static void

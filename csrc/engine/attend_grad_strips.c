@@ -157,6 +157,12 @@ terms_of(const sa_grad_group *gg, int r, const sa_key_tile *tile, int x0, int n,
     sa_group_terms(&gg->g, r, tile, x0, n, t);
 }
 
+static void
+keep_of(const sa_grad_group *gg, int r, const sa_key_tile *tile, int x0, int n, void *keep)
+{
+    sa_group_keep(&gg->g, r, tile, x0, n, keep);
+}
+
 /* p and ds of keys [a, b), whatever happens to scores; seen where wanted. */
 static void
 weights_any(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s,
@@ -189,10 +195,10 @@ weights_any(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const si
         t->fill(st.ds + at, (int64_t)n * w, 0.0);
     }
     if (drops) {
-        row_tile(gg, st, tile, s->a, n, gg->s.keep, sa_grad_keep);
+        row_tile(gg, st, tile, s->a, n, gg->g.s.keep, keep_of);
     }
     t->weights_grad(st.p + at, st.ds + at, caps && !gg->raw ? gg->s.capped : NULL,
-                    drops ? gg->s.keep : NULL, w, st.wide, n, st.lse, st.delta, pr->softcap);
+                    drops ? gg->g.s.keep : NULL, w, st.wide, n, st.lse, st.delta, pr->softcap);
 }
 
 /* The same where a score is scale q.k and no more. */

@@ -22,6 +22,10 @@ row_keys(const sa_group *g, int r, const sa_key_tile *tile, int a, int b)
         memcpy(g->s.t, g->s.s, (size_t)(b - a) * g->call->real_bytes);
     }
     t->fold_row(g->s.s, b - a, g->s.m, g->s.l, g->s.o, (int)p->dim_v);
+    if (p->dropout_p > 0) {
+        sa_group_keep(g, r, tile, a, b - a, g->s.keep);
+        t->weigh(g->s.s, g->s.keep, b - a);
+    }
     t->axpys(g->s.o, g->s.s, terms ? g->s.t : NULL, tile->v_row + a, b - a, (int)p->dim_v);
 }
 
@@ -58,8 +62,7 @@ sa_attend_rows(sa_group *g)
         t->load_rows(g->s.qt, p->dim, sa_view_row(p->q, g->b, q->head, q->i), p->q.dtype, 0, 1,
                      (int)p->dim, p->scale);
         t->fill(g->s.o, p->dim_v, 0.0);
-        t->fill(g->s.l, 1, 0.0);
-        t->fill(g->s.m, 1, -INFINITY);
+        sa_group_sink(g, r, g->s.m, g->s.l);
         while (!sa_stop_asked(g->ctx, g->worker) && sa_cursor_next(&cursor, &tile)) {
             int64_t a = 0, b = tile.n;
             if (tile.kind != SA_TILE_FULL) {

@@ -53,6 +53,10 @@ strip_begin(const sa_group *g, int w, strip st)
     t->fill(st.l, w, 0.0);
     t->fill(st.m, w, -INFINITY);
     memset(st.warm, 0, (size_t)w);
+    for (int r = 0; r < st.rows && p->sink.data != NULL; r++) {
+        const size_t at = (size_t)r * g->call->real_bytes;
+        sa_group_sink(g, st.first + r, st.m + at, st.l + at);
+    }
 }
 
 /* Whether every vector of the columns has met keys before. Without a maximum to be stale the
@@ -92,6 +96,27 @@ strip_terms(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_t
     t->load_cols(g->s.t, wide, row, bytes == 8 ? SA_F64 : SA_F32, rows, n, 1.0);
     for (int x = 0; x < n; x++) {
         t->add_term(s + (size_t)(x * w) * bytes, g->s.t + (size_t)(x * wide) * bytes, wide);
+    }
+}
+
+/* Weights of columns [r0, r0 + wide), keys x0 .. x0 + n of the tile, as far as dropout keeps them.
+ */
+static void
+strip_drop(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_tile *tile, int x0,
+           int n)
+{
+    const sa_tile *const t = g->call->tile;
+    const size_t bytes = g->call->real_bytes;
+    const void *row[SA_STRIP_MAX];
+    const int rows = SA_MAX(0, SA_MIN(wide, st.rows - r0));
+    for (int r = 0; r < rows; r++) {
+        char *const at = g->s.t_rows + (size_t)(r * SA_TILE_KEYS) * bytes;
+        sa_group_keep(g, st.first + r0 + r, tile, x0, n, at);
+        row[r] = at;
+    }
+    t->load_cols(g->s.keep, wide, row, bytes == 8 ? SA_F64 : SA_F32, rows, n, 1.0);
+    for (int x = 0; x < n; x++) {
+        t->weigh(g->s.s + (size_t)(x * w) * bytes, g->s.keep + (size_t)(x * wide) * bytes, wide);
     }
 }
 
@@ -140,6 +165,9 @@ strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile 
         t->fold(g->s.s, w, wide, n, st.m + off, st.l + off, st.o + off, dim_v);
     }
     const void *const *const v_row = tile->v_row + x0;
+    if (p->dropout_p > 0) {
+        strip_drop(g, w, st, r0, wide, tile, x0, n);
+    }
     if (whole) {
         t->values(st.o + off, g->s.s, w, wide, v_row, n, dim_v);
     } else {

@@ -9,11 +9,11 @@
 /* What a problem tuple holds besides numbers; borrowed from the tuple. */
 typedef struct {
     PyObject *mask, *bias, *key_mask;
-    PyObject *cu_seqlens; /* None: one sequence. Plans are made of one; the packed plan says the rest */
+    PyObject *cu_seqlens; /* None: one sequence, else for the makers of plans */
 } py_problem_arrays;
 
-/* (causal, scale, softcap, mask, bias, key_mask[, dropout_p, seed, sink[, cu_seqlens]]) into p, with
- * q, k and v in place; checked. */
+/* (causal, scale, softcap, mask, bias, key_mask[, dropout_p, seed, sink[, cu_seqlens]]) into p,
+ * with q, k and v in place; checked. */
 int py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arrays);
 
 /* The views of the two masks of a problem; None: absent. The core checks the shapes. */

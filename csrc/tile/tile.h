@@ -82,6 +82,8 @@ typedef struct sa_tile {
     void (*softcap)(void *s, int64_t count, double cap);
     /* s += t, but -inf where t is -inf, whatever s is */
     void (*add_term)(void *s, const void *t, int64_t count);
+    /* s *= t, elementwise */
+    void (*weigh)(void *s, const void *t, int64_t count);
     /* true when every entry of the rows is finite */
     bool (*finite)(const void *const *v_row, int n_keys, int dim_v);
 

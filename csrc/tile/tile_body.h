@@ -54,6 +54,7 @@ const sa_tile SA_NAME(sa_tile) = {
     .values_select = values_select,
     .softcap = softcap,
     .add_term = add_term,
+    .weigh = weigh,
     .finite = all_finite,
     .dots = dots,
     .fold_row = fold_row,

@@ -279,6 +279,16 @@ add_term(void *s, const void *t, int64_t count)
     }
 }
 
+static void
+weigh(void *s, const void *t, int64_t count)
+{
+    real *const weight = s;
+    const real *const factor = t;
+    for (int64_t i = 0; i < count; i++) {
+        weight[i] *= factor[i];
+    }
+}
+
 /* tanh(x) = x + x^3 P(x^2) near 0, else 1 - 2 / (exp(2|x|) + 1) with x's sign. [P: Cephes tanhf] */
 SA_INLINE vreal
 vtanh(vreal x)

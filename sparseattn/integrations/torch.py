@@ -1,14 +1,16 @@
-"""PyTorch CPU tensors in and out, sharing memory, without gradients for now."""
+"""PyTorch CPU tensors in and out, sharing memory, and nodes of its gradient graph."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd.function import once_differentiable
 
-from sparseattn.errors import ArgumentError, DtypeError, NotSupported
+from sparseattn.errors import ArgumentError, DtypeError
 
 
 def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
@@ -18,8 +20,8 @@ def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
     ------
     ArgumentError
         If the tensor is not on the CPU or not dense.
-    NotSupported
-        If it would need a gradient.
+    DtypeError
+        If NumPy lacks its dtype.
     """
     if tensor.device.type != "cpu":
         raise ArgumentError(
@@ -28,11 +30,6 @@ def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
         )
     if tensor.layout != torch.strided:
         raise ArgumentError(f"{name} has layout {tensor.layout}: pass {name}.to_dense()")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise NotSupported(
-            f"{name} requires grad, and gradients come in a later version: "
-            f"pass {name}.detach(), or call under torch.no_grad()"
-        )
     tensor = tensor.detach().resolve_conj().resolve_neg()
     try:
         if tensor.dtype == torch.bfloat16:
@@ -55,3 +52,45 @@ def from_numpy(array: NDArray[Any]) -> torch.Tensor:
     if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def draw_seed() -> int:
+    """63 random bits of PyTorch's own generator, so that ``torch.manual_seed`` says which, and a
+    checkpoint that runs its forward again draws the same."""
+    return int(torch.randint(1 << 62, (), dtype=torch.int64))
+
+
+Tensors: TypeAlias = tuple[torch.Tensor | None, ...]
+# (inputs, outputs, gradients of outputs, whose gradients are wanted) -> gradients of inputs
+Pullback: TypeAlias = Callable[[Tensors, Tensors, Tensors, tuple[bool, ...]], Tensors]
+
+
+class Node(torch.autograd.Function):
+    """A function of tensors whose gradient is a pullback.
+
+    Inputs and outputs are kept as PyTorch keeps them: changes in place are noticed, memory is freed
+    as a backward goes on, and hooks on saved tensors work.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[[], tuple[Tensors, Pullback]], *inputs: torch.Tensor | None
+    ) -> Tensors:
+        outputs, ctx.pullback = run()
+        ctx.n_inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        saved, n = ctx.saved_tensors, ctx.n_inputs
+        return None, *ctx.pullback(saved[:n], saved[n:], grads, ctx.needs_input_grad[1:])
+
+
+def record(run: Callable[[], tuple[Tensors, Pullback]], *inputs: Any) -> Tensors:
+    """The outputs of ``run`` as functions of ``inputs``: what is no tensor gets no gradient."""
+    tensors = [x if isinstance(x, torch.Tensor) else None for x in inputs]
+    outputs: Tensors = Node.apply(run, *tensors)  # type: ignore[no-untyped-call]
+    return outputs

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparseattn.errors import ArgumentError, FileError
+from sparseattn.half import widen
 
 MAX_HEADER_BYTES = 16 * 2**20  # a safetensors header
 MAX_TENSORS = 100_000
@@ -49,7 +50,7 @@ ITEM_BYTES = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 # What a weight may be stored as, and how its bytes are viewed.
-WEIGHT_TYPES = {"F32": "<f4", "F64": "<f8", "F16": "<u2", "BF16": "<u2"}
+WEIGHT_TYPES = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ["*.json", "*.safetensors", "merges.txt"]
@@ -298,7 +299,7 @@ def check_header(what: str, raw: bytes, size: int) -> dict[str, Tensor]:
 
 
 class Checkpoint:
-    """A validated safetensors file: what it holds, and its tensors as float32.
+    """A validated safetensors file: what it holds, and its tensors.
 
     Parameters
     ----------
@@ -344,8 +345,12 @@ class Checkpoint:
             if len(self._data) != size:
                 raise FileError(changed)
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor as read-only float32: the mapped bytes themselves where they are float32."""
+    def read(self, name: str, *, wide: bool = False) -> NDArray[Any]:
+        """A tensor, read-only, in the mapped bytes themselves where these can serve.
+
+        float32; but matrices of half precision stay float16, or the bits of bfloat16 as uint16,
+        unless ``wide``.
+        """
         tensor = self.tensors[name]
         if tensor.dtype not in WEIGHT_TYPES:
             raise FileError(
@@ -355,20 +360,13 @@ class Checkpoint:
         flat = np.frombuffer(
             self._data, WEIGHT_TYPES[tensor.dtype], math.prod(tensor.shape), tensor.begin
         )
-        array = widen(flat, tensor.dtype).reshape(tensor.shape)
+        if tensor.dtype not in ("F16", "BF16"):
+            flat = np.require(flat, np.float32, "A")
+        elif wide or len(tensor.shape) < 2:
+            flat = widen(flat)
+        array = np.require(flat, flat.dtype.newbyteorder("="), "A").reshape(tensor.shape)
         array.flags.writeable = False
         return array
-
-
-def widen(flat: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Stored elements as aligned float32; halves are widened by the C core."""
-    if dtype in ("F16", "BF16"):
-        from sparseattn import _core
-
-        out = np.empty(flat.shape, np.float32)
-        _core.widen(np.require(flat, np.uint16, "A"), "f16" if dtype == "F16" else "bf16", out)
-        return out
-    return np.require(flat, np.float32, "A")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

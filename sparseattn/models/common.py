@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from sparseattn import _core
 from sparseattn.errors import FileError
+from sparseattn.half import is_half, widen
 from sparseattn.models.checkpoint import AGAIN, CONFIG_FILE, Checkpoint, nearest, show
 
 F32 = NDArray[np.float32]
+Weight = NDArray[Any]  # float32, float16, or the bits of bfloat16 as uint16
 Attend = Callable[[int, F32, F32, F32, F32], None]  # layer, q, k, v, out: all (B, H, L, D) views
 
 MAX_LAYERS = 1024
@@ -303,11 +305,17 @@ class Scratch:
         return array
 
 
+def rows_of(table: Weight, index: NDArray[np.int64] | slice) -> F32:
+    """Rows of a table in float32."""
+    rows = table[index]
+    return widen(rows) if is_half(rows) else rows
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """x @ weight (+ bias), or x @ weight.T where `transposed`."""
 
-    weight: F32
+    weight: Weight
     bias: F32 | None
     transposed: bool
 
@@ -353,7 +361,7 @@ class Layer:
 class Network:
     """A family's parameters in the places of the shared forward pass."""
 
-    def __init__(self, family: Family, config: Config, values: Mapping[str, F32]) -> None:
+    def __init__(self, family: Family, config: Config, values: Mapping[str, Weight]) -> None:
         def linear(name: str) -> Linear:
             return Linear(
                 values[f"{name}.weight"], values.get(f"{name}.bias"), family.weights == "out_in"
@@ -399,9 +407,9 @@ class Network:
         rows, scratch = batch * length, Scratch()
         tables = self.rope_tables(length)
         pos = np.tile(np.arange(length, dtype=np.int32), batch)
-        x = self.embed[tokens.reshape(-1)]
+        x = rows_of(self.embed, tokens.reshape(-1))
         if self.positions is not None:
-            x.reshape(batch, length, -1)[:] += self.positions[:length]
+            x.reshape(batch, length, -1)[:] += rows_of(self.positions, slice(length))
         h = scratch.get("h", rows, self.config.hidden)
         for i, layer in enumerate(self.layers):
             layer.norm1(x, h)

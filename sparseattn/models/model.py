@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,7 +27,17 @@ from sparseattn.models.checkpoint import (
     read_small_json,
     show,
 )
-from sparseattn.models.common import F32, Config, Family, Fields, Network, draw, match
+from sparseattn.models.common import (
+    F32,
+    Config,
+    Family,
+    Fields,
+    Network,
+    Weight,
+    draw,
+    match,
+    rows_of,
+)
 from sparseattn.models.gpt2 import GPT2
 from sparseattn.models.llama import LLAMA
 from sparseattn.models.tokenizer import Tokenizer, load_tokenizer
@@ -36,6 +47,8 @@ FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
 
 Spec = Variant | str | None
 OnAttend = Callable[[int, Plan], None]
+
+HASHED = 1 << 20  # parameters widened at a time for the fingerprint
 
 
 class Model:
@@ -54,15 +67,15 @@ class Model:
 
     Notes
     -----
-    Everything is computed in float32. float16 and bfloat16 files are widened once, when they are
-    loaded, so such a model takes twice its file's size; float32 files are mapped read-only.
+    Everything is computed in float32. Files are mapped read-only, and float16 and bfloat16 matrices
+    stay so: a product widens the block that it is at, to the same logits as from float32 weights.
     """
 
     def __init__(
         self,
         family: Family,
         config: Config,
-        values: Mapping[str, F32],
+        values: Mapping[str, Weight],
         tokenizer: Tokenizer | None = None,
         folder: Path | None = None,
     ) -> None:
@@ -80,6 +93,7 @@ class Model:
         random_weights: int | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         mmap: bool = True,
+        dtype: Literal["float32"] | None = None,
     ) -> Model:
         """Load a folder with config.json, model.safetensors and, where it has one, a tokenizer.
 
@@ -93,9 +107,13 @@ class Model:
             A folder or tokenizer.json to use instead of the folder's own.
         mmap : bool
             False copies the weights instead of mapping the file.
+        dtype : "float32", optional
+            Widen float16 and bfloat16 weights at once, to twice their memory; None keeps them.
 
         Raises
         ------
+        ArgumentError
+            If an argument is none of these.
         FileError
             If a file is missing, damaged, larger than its limit, a pickle, or in contradiction
             to config.json; nothing is allocated before all shapes agree.
@@ -106,12 +124,17 @@ class Model:
         >>> model = sa.Model.from_pretrained("path/to/folder")          # doctest: +SKIP
         >>> logits = model([[1, 2, 3]], attention="window:64")          # doctest: +SKIP
         """
+        if dtype not in (None, "float32"):
+            raise ArgumentError(
+                f"dtype is {show(dtype)}: give 'float32', or None for the weights as stored"
+            )
         path = find_folder(folder)
         family, config = read_family(path)
         if random_weights is None:
             file = Checkpoint(find_weights(path), mmap=mmap)
             config, names = match(family, config, file)
-            values = {short: file.read(name) for short, name in names.items()}
+            wide = dtype is not None
+            values = {short: file.read(name, wide=wide) for short, name in names.items()}
         else:
             values = draw(family, config, check_seed(random_weights))
         found = load_tokenizer(path if tokenizer is None else tokenizer)
@@ -140,7 +163,9 @@ class Model:
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name in sorted(self._values):
             digest.update(name.encode() + b"\0")
-            digest.update(np.ascontiguousarray(self._values[name]).data)
+            value = np.ascontiguousarray(self._values[name]).reshape(-1)
+            for start in range(0, value.size, HASHED):
+                digest.update(rows_of(value, slice(start, start + HASHED)).data)
         return digest.hexdigest()
 
     def __call__(
