@@ -27,7 +27,7 @@ from sparseattn.errors import (
     UnknownArgument,
 )
 from sparseattn.gradients import attention_vjp
-from sparseattn.merge import merge
+from sparseattn.merge import merge, merge_vjp
 from sparseattn.plan import Plan
 from sparseattn.sdpa import scaled_dot_product_attention
 from sparseattn.variants import (
@@ -58,6 +58,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "attention_vjp",
     "merge",
+    "merge_vjp",
     "plan",
     "Plan",
     "Cache",

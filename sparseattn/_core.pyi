@@ -17,10 +17,12 @@ _Six: TypeAlias = tuple[int, float, float, _Bool | None, _Array | None, _Bool | 
 _Nine: TypeAlias = tuple[
     int, float, float, _Bool | None, _Array | None, _Bool | None, float, int, _Array | None
 ]
+# fmt: off
 _Ten: TypeAlias = tuple[
-    *tuple[int, float, float, _Bool | None, _Array | None, _Bool | None],
-    *tuple[float, int, _Array | None, tuple[_Array, _Array] | None],
+    int, float, float, _Bool | None, _Array | None, _Bool | None, float, int, _Array | None,
+    tuple[_Array, _Array] | None,
 ]
+# fmt: on
 _Problem: TypeAlias = _Six | _Nine | _Ten
 _Parts: TypeAlias = "Plan | tuple[tuple[Plan, int, int], ...]"
 _Field: TypeAlias = tuple[str, str, float | None, float | None, tuple[str, ...] | None]
@@ -75,9 +77,7 @@ def plan_from_intervals(
     lo: NDArray[np.int64], hi: NDArray[np.int64], n_k: int, batch: int, heads: int, /
 ) -> Plan: ...
 def plan_combine(a: Plan, b: Plan, op: Literal["union", "intersection"], /) -> Plan: ...
-def plan_pack(
-    plans: tuple[Plan, ...], mask: _Bool | None, key_mask: _Bool | None, /
-) -> Plan: ...
+def plan_pack(plans: tuple[Plan, ...], mask: _Bool | None, key_mask: _Bool | None, /) -> Plan: ...
 def describe(name: str, /) -> list[_Field]: ...
 def variants() -> list[str]: ...
 
@@ -110,6 +110,17 @@ def attend_grad(
 def attend_delta(out: _Array, dout: _Array, dlse: _Array | None, delta: _Array, /) -> None: ...
 def merge(
     outs: tuple[_Array, ...], lses: tuple[_Array, ...], out: _Array, lse: _Array | None, /
+) -> None: ...
+def merge_grad(
+    out_a: _Array,
+    lse_a: _Array,
+    out: _Array,
+    lse: _Array,
+    dout: _Array | None,
+    dlse: _Array | None,
+    dout_a: _Array,
+    dlse_a: _Array,
+    /,
 ) -> None: ...
 def score_rows(
     q: _Array, k: _Array, problem: _Problem, b: int, h: int, i0: int, i1: int, /

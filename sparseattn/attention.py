@@ -16,9 +16,11 @@ from sparseattn.inputs import (
     check_params,
     empty,
     make_target,
+    needs_grad,
     read_causal,
     read_operands,
     read_problem,
+    sink_of,
 )
 from sparseattn.packed import build, read_cu_seqlens
 from sparseattn.plan import Plan, plan, refuse_keywords
@@ -225,8 +227,10 @@ def attention(
         Share of the weights that become 0, the others growing by ``1 / (1 - dropout_p)``.
     seed : int
         Which they are: the same seed drops the same weights. None draws one for this call.
-    cu_seqlens
-        Not in this version: values other than the default are refused.
+    cu_seqlens : array of int, shape (sequences + 1,), or a pair (cu_q, cu_k) of them
+        Several sequences packed on the length axis: where each begins, then the length; rising
+        from 0. Rows see their own sequence alone, and positions, causality, windows, sinks and
+        selections begin anew in each. Sequences of length 0 are legal.
     cache : Cache
         Keys and values of the tokens so far: ``k`` and ``v`` are appended, then ``q`` attends to
         all of them. ``mask`` and ``bias`` have a column for each of these, ``key_mask`` for each or
@@ -259,7 +263,7 @@ def attention(
     """
     refuse_keywords("attention", wrong, KEYWORDS)
     if cache is not None:
-        from sparseattn.cache import attend_cached  # which stands on this module
+        from sparseattn.decode import attend_cached  # which stands on this module
 
         return attend_cached(
             *(cache, q, k, v, spec),
@@ -292,18 +296,23 @@ def attention(
         cu_seqlens=cu_seqlens,
     )
     ops = call.ops
-    target = make_target(out, ops, call.problem)
     want_lse = bool(return_lse or return_weights)
-    lse, made, problem = run(*call, target, want_lse)
-    result = target.finish(ops)
-    if not want_lse:
-        return result
+    given = {"q": q, "k": k, "v": v, "bias": bias, SINK: sink_of(params)}
+    if needs_grad(*given.values()):
+        from sparseattn.gradients import run_recorded  # which stands on this module
+
+        if out is not None:
+            raise ArgumentError("out= takes no gradients: leave it out, or use torch.no_grad()")
+        result, lse, rows, made, problem = run_recorded(call, given, (mask, key_mask))
+    else:
+        target = make_target(out, ops, call.problem)
+        rows, made, problem = run(*call, target, want_lse)
+        result = target.finish(ops)
+        lse = ops.give(rows) if return_lse else None
     if not return_weights:
-        return OutLse(result, ops.give(lse))
-    weights = make_weights(ops, lse, problem, made)
-    return (
-        OutLseWeights(result, ops.give(lse), weights) if return_lse else OutWeights(result, weights)
-    )
+        return OutLse(result, lse) if return_lse else result
+    weights = make_weights(ops, rows, problem, made)
+    return OutLseWeights(result, lse, weights) if return_lse else OutWeights(result, weights)
 
 
 class Call(NamedTuple):

@@ -1,79 +1,28 @@
 """Keys and values kept between calls, so that decoding appends to them: ``Cache``.
 
-A cache holds one immutable ``Held``. Whatever changes it makes the next one and puts it in place
-at the end by one assignment, so that an error or an interrupt at any moment leaves the cache as it
-was. Rows of a buffer behind the kept ones are free to write at any time.
-
-A spec that says what rows to come may see (``Variant.keep``) lets its cache forget the rest. Kept
-are then the first ``pinned`` keys and the newest ones, next to one another: the plan of a row is
-the same as over all keys, because a window counts back from the end and pinned keys stand in front.
+A cache is a lock and one value (kept.py). What changes it makes the next value and puts it in place
+by one assignment at the end: an error or an interrupt at any moment leaves the cache as it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sparseattn import _core
-from sparseattn.attention import Eager, OutLse
+from sparseattn import kept
 from sparseattn.errors import ArgumentError, CacheInUse, DtypeError, NotSupported
-from sparseattn.half import (
-    HALF,
-    REAL,
-    is_half,
-    kind_of,
-    real_type,
-    storage_type,
-    store,
-    widen,
-)
-from sparseattn.inputs import (
-    Operands,
-    check_params,
-    collapse,
-    empty,
-    is_torch,
-    make_target,
-    read_alike,
-    read_bool,
-    read_causal,
-    read_operands,
-    read_problem,
-    to_array,
-)
+from sparseattn.half import HALF, REAL, real_type
+from sparseattn.inputs import collapse, is_torch, read_alike, read_bool, to_array
+from sparseattn.kept import Held, Policy, Staged
 from sparseattn.plan import Plan
-from sparseattn.variants.base import PAST, Variant, coerce, parse
+from sparseattn.variants.base import Variant, coerce, parse
 
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array
-
-GRAIN = 64  # rows that buffers grow by at least
-HALVES = tuple(map(storage_type, HALF))
-
-
-class Held(NamedTuple):
-    """What a cache holds; never changed but for the free rows of its buffers."""
-
-    k: Array  # (batch, kv_heads, capacity, dim): the kept rows first, then free ones
-    v: Array  # (batch, kv_heads, capacity, dim_v)
-    there: Array | None  # bool (batch, kept): which kept keys are no padding; None: all
-    stored: str  # dtype's name; bfloat16 is held as uint16
-    total: int  # tokens appended and not cropped
-    start: int  # position of the first key after the pinned ones; between them, keys are forgotten
-    kept: int  # rows
-
-
-class Staged(NamedTuple):
-    """What an append comes to, before it counts."""
-
-    k: Array  # (batch, kv_heads, kept and new rows, dim) in the stored type
-    v: Array
-    there: Array | None
-    start: int  # of these rows
-    held: Held
 
 
 class Snapshot(NamedTuple):
@@ -81,12 +30,13 @@ class Snapshot(NamedTuple):
 
     spec: Variant
     rollback: int
+    dtype: str | None  # that the cache was made with
     held: Held | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copied rows."""
-        return size_of(self.held)
+        return kept.size_of(self.held)
 
 
 class Alone:
@@ -164,15 +114,9 @@ class Cache:
         self.rollback = coerce(int, rollback, "rollback")
         if self.rollback < 0:
             raise ArgumentError(f"rollback must be a number of tokens from 0 on, got {rollback}")
-        self._alone = Alone()
+        self.alone = Alone()
         self._held: Held | None = None
-        keep = self.spec.keep()
-        self._all = keep is None
-        self._pinned, self._left = keep or (0, 0)
-        self._need = self._left + self.rollback  # keys before the next token
-        rows = self._pinned + 2 * (self._left + 1) + self.rollback
-        self._limit = -(-rows // GRAIN) * GRAIN
-        self._step = self._limit - self._pinned - self._need  # start moves by as much
+        self.policy = Policy.of(self.spec.keep(), self.rollback)
 
     # ---- what is there --------------------------------------------------------------------------
 
@@ -182,7 +126,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        return size_of(self._held)
+        return kept.size_of(self._held)
 
     @property
     def key_mask(self) -> Array | None:
@@ -203,10 +147,10 @@ class Cache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_alone"}
+        return {name: value for name, value in self.__dict__.items() if name != "alone"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _alone=Alone())
+        self.__dict__.update(state, alone=Alone())
 
     # ---- growing --------------------------------------------------------------------------------
 
@@ -241,37 +185,28 @@ class Cache:
         lead = k.shape[:-3]
         if lead != v.shape[:-3]:
             raise ArgumentError(f"k and v must have one batch, got {k.shape} and {v.shape}")
-        with self._alone:
-            staged = self._stage(collapse(k, lead), collapse(v, lead), stored, key_mask, lead)
-            self._held = staged.held
+        with self.alone:
+            staged = self.stage(collapse(k, lead), collapse(v, lead), stored, key_mask, lead)
+            self.commit(staged)
         return staged.k, staged.v
 
-    def _stage(
+    def stage(
         self, k: Array, v: Array, stored: str, key_mask: Any, lead: tuple[int, ...]
     ) -> Staged:
-        """The kept rows with these behind them."""
-        held = self._settled(self._held or self._first(k, v, stored))
+        """What appending these would come to; nothing counts before :meth:`commit`."""
+        held = self._held
+        if held is None:
+            held = kept.nothing(k, v, self._wanted or stored, self.policy)
+        else:
+            held = kept.settled(self.policy, held)
         self._check(held, k, v, stored)
-        k, v = rounded(k, held.k.dtype), rounded(v, held.v.dtype)
-        kept, n_new = held.kept, k.shape[2]
-        rows, total = kept + n_new, held.total + n_new
-        there = self._there(held, key_mask, n_new, lead)
-        if self._all or rows <= self._limit:
-            to = tuple(self._room(x, kept, rows) for x in (held.k, held.v))
-            to[0][:, :, kept:rows], to[1][:, :, kept:rows] = k, v
-            grown = Held(*to, there, held.stored, total, held.start, rows)
-            return Staged(to[0][:, :, :rows], to[1][:, :, :rows], there, held.start, grown)
-        if kept:
-            k = np.concatenate([held.k[:, :, :kept], k], 2)
-            v = np.concatenate([held.v[:, :, :kept], v], 2)
-        long = Held(k, v, there, held.stored, total, held.start, rows)
-        return Staged(k, v, there, held.start, self._settled(long))
+        there = None
+        if key_mask is not None or held.there is not None:
+            there = self._there(held, key_mask, k.shape[2], lead)
+        return kept.append(self.policy, held, k, v, there)
 
-    def _first(self, k: Array, v: Array, stored: str) -> Held:
-        """Nothing yet, for keys and values of these sizes."""
-        name = self._wanted or stored
-        k, v = (np.empty((*x.shape[:2], 0, x.shape[3]), storage_type(name)) for x in (k, v))
-        return Held(k, v, None, name, 0, self._pinned, 0)
+    def commit(self, staged: Staged) -> None:
+        self._held = staged.held
 
     def _check(self, held: Held, k: Array, v: Array, stored: str) -> None:
         sizes = [(*x.shape[:2], x.shape[3]) for x in (held.k, held.v, k, v)]
@@ -283,21 +218,18 @@ class Cache:
                 )
         if k.shape[2] != v.shape[2]:
             raise ArgumentError(f"k has {k.shape[2]} tokens and v has {v.shape[2]}: give as many")
-        wanted = stored if self._wanted is None else real_type(stored).name
-        computed = held.stored if self._wanted is None else real_type(held.stored).name
-        if wanted != computed:
+        fits = stored == held.stored
+        if self._wanted is not None:  # asked for, and so rounded to
+            fits = real_type(stored) == real_type(held.stored)
+        if not fits:
             raise DtypeError(
                 f"k and v are {stored} and the cache is {held.stored}: convert them, or make "
                 f"sa.Cache(..., dtype={stored!r})"
             )
 
-    def _there(
-        self, held: Held, key_mask: Any, n_new: int, lead: tuple[int, ...]
-    ) -> Array | None:
+    def _there(self, held: Held, key_mask: Any, n_new: int, lead: tuple[int, ...]) -> Array | None:
         """Which of the kept and new keys are no padding."""
         batch, total = held.k.shape[0], held.total + n_new
-        if key_mask is None and held.there is None:
-            return None
         old = np.ones((batch, held.kept), bool) if held.there is None else held.there
         if key_mask is None:
             return np.concatenate([old, np.ones((batch, n_new), bool)], 1)
@@ -310,47 +242,10 @@ class Cache:
             )
         given = given.reshape(batch, count)
         if count == total:
-            there = join(given, self._pinned, held.start, total).copy()
+            there = kept.columns(given, self.policy.pinned, held.start).copy()
         else:
             there = np.concatenate([old, given], 1)
-        return None if there.all() else there
-
-    def _room(self, buffer: Array, kept: int, rows: int) -> Array:
-        """The buffer, or one of at least twice its size with the same rows in front."""
-        batch, heads, capacity, width = buffer.shape
-        if rows <= capacity:
-            return buffer
-        capacity = max(-(-rows // GRAIN) * GRAIN, 2 * capacity)
-        if not self._all:
-            capacity = min(capacity, self._limit)
-        larger = empty("the cache", (batch, heads, capacity, width), buffer.dtype)
-        larger[:, :, :kept] = buffer[:, :, :kept]
-        return larger
-
-    def _settled(self, held: Held) -> Held:
-        """The same without the rows that no token to come may see, once there are enough of them.
-
-        Where the kept rows begin depends on the number of tokens alone, not on how they came.
-        """
-        pinned, total = self._pinned, held.total
-        if self._all or total - pinned - self._need < self._step:
-            return held
-        start = pinned + (total - pinned - self._need) // self._step * self._step
-        if start <= held.start:
-            return held
-        low, kept = pinned + start - held.start, pinned + total - start
-        capacity = min(held.k.shape[2], self._limit)
-        buffers = []
-        for old in (held.k, held.v):
-            fresh = empty("the cache", (*old.shape[:2], capacity, old.shape[3]), old.dtype)
-            fresh[:, :, :pinned] = old[:, :, :pinned]
-            fresh[:, :, pinned:kept] = old[:, :, low : held.kept]
-            buffers.append(fresh)
-        there = held.there
-        if there is not None:
-            there = np.concatenate([there[:, :pinned], there[:, low:]], 1)
-            there = None if there.all() else there
-        return Held(*buffers, there, held.stored, total, start, kept)
+        return kept.unless_all(there)
 
     # ---- going back, choosing -------------------------------------------------------------------
 
@@ -360,7 +255,7 @@ class Cache:
         Parameters
         ----------
         n : int
-            No effect from :meth:`get_seq_length` on, as in transformers.
+            No effect from :meth:`get_seq_length` on, as in transformers; 0 forgets all.
 
         Raises
         ------
@@ -375,7 +270,7 @@ class Cache:
         (None, 3)
         """
         n = coerce(int, n, "n of crop(n)")
-        with self._alone:
+        with self.alone:
             held = self._held
             total = 0 if held is None else held.total
             length = n if n >= 0 else total + n
@@ -383,19 +278,15 @@ class Cache:
                 raise ArgumentError(f"crop({n}) drops {-n} tokens and the cache has {total}")
             if held is None or length >= total:
                 return
-            pinned, start = self._pinned, held.start
-            if length <= pinned:
-                kept, start = length, pinned
-            else:
-                kept = pinned + length - start if not self._all else length
-                if start > pinned and length - self._left < start:
-                    raise ArgumentError(
-                        f"crop({n}) goes back to {length} of {total} tokens, and the cache of "
-                        f"{self.spec} has forgotten keys needed there: crop to "
-                        f"{start + self._left} or more, or make it with rollback={total - length}"
-                    )
-            there = None if held.there is None else held.there[:, :kept]
-            self._held = held._replace(there=there, total=length, start=start, kept=kept)
+            short = kept.cut_back(self.policy, held, length)
+            if short is None:
+                raise ArgumentError(
+                    f"crop({n}) goes back to {length} of {total} tokens, and the cache of "
+                    f"{self.spec} has forgotten keys needed there: crop to "
+                    f"{self.policy.shortest(held)} or more, or make it with "
+                    f"rollback={total - length}"
+                )
+            self._held = short
 
     def reorder_cache(self, index: Any) -> None:
         """Put batch entries in another order, as beam search does; entries may repeat.
@@ -447,7 +338,7 @@ class Cache:
             raise ArgumentError(
                 f"{method} takes a list of batch entries, got {array.dtype} of shape {array.shape}"
             )
-        with self._alone:
+        with self.alone:
             held = self._held
             if held is None:
                 raise ArgumentError(f"{method}: the cache is empty and has no batch yet")
@@ -464,14 +355,7 @@ class Cache:
                 )
             if array.size == batch and (array == np.arange(batch)).all():
                 return
-            buffers = []
-            for old in (held.k, held.v):
-                fresh = empty("the cache", (array.size, *old.shape[1:]), old.dtype)
-                fresh[:, :, : held.kept] = old[array, :, : held.kept]
-                buffers.append(fresh)
-            there = None if held.there is None else held.there[array]
-            there = None if there is None or there.all() else there
-            self._held = held._replace(k=buffers[0], v=buffers[1], there=there)
+            self._held = kept.chosen(held, array)
 
     # ---- saving ---------------------------------------------------------------------------------
 
@@ -490,8 +374,8 @@ class Cache:
         >>> cache.restore(saved).get_seq_length()
         0
         """
-        with self._alone:
-            return Snapshot(self.spec, self.rollback, copied(self._held))
+        with self.alone:
+            return Snapshot(self.spec, self.rollback, self._wanted, kept.copied(self._held))
 
     def restore(self, s: Snapshot) -> Cache:
         """Become what the snapshot was, to the bit.
@@ -529,8 +413,9 @@ class Cache:
                 f"the snapshot is of a {s.held.stored} cache and this is a {self._wanted} one: "
                 f"make sa.Cache(..., dtype={s.held.stored!r})"
             )
-        with self._alone:
-            self._held = copied(s.held)
+        with self.alone:
+            held = kept.copied(s.held)
+            self._wanted, self._held = self._wanted or s.dtype, held
         return self
 
     # ---- attending ------------------------------------------------------------------------------
@@ -549,70 +434,16 @@ class Cache:
 
     def reach(self, staged: Staged, n_q: int) -> int:
         """The row of ``staged`` from which on ``n_q`` queries at the end need keys."""
-        if self._all:
+        left, pinned = self.policy.left, self.policy.pinned
+        if left is None:
             return 0
-        first = staged.held.total - n_q - self._left
-        if first < staged.start and staged.start > self._pinned:
+        first = staged.held.total - n_q - left
+        if first < staged.start and staged.start > pinned:
             raise ArgumentError(
                 f"q has {n_q} rows, and the cache of {self.spec} has forgotten keys that the first "
                 "of them may see: pass as many queries as new keys"
             )
-        return 0 if self._pinned else max(0, first - staged.start)
-
-
-def attend_cached(
-    cache: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    spec: Any,
-    *,
-    params: Any = None,
-    causal: Any = False,
-    mask: Any = None,
-    key_mask: Any = None,
-    bias: Any = None,
-    return_lse: bool = False,
-    out: Any = None,
-    dropout_p: Any = 0.0,
-    cu_seqlens: Any = None,
-    return_weights: Any = False,
-    **terms: Any,
-) -> Any:
-    """``attention(..., cache=cache)``; ``terms`` are ``scale`` and ``softcap``."""
-    if not isinstance(cache, Cache):
-        raise ArgumentError(f"cache must be a sa.Cache, got {type(cache).__name__}")
-    cache.accept(spec)
-    refuse_others(dropout_p, cu_seqlens, return_weights)
-    refuse_gradients(q=q, k=k, v=v, bias=bias)
-    check_causal(cache, causal)
-    ops = read_operands(q, k, v)
-    with cache._alone:
-        staged = cache._stage(ops.k, ops.v, ops.stored, key_mask, ops.lead)
-        n_q, total = ops.q.shape[2], staged.held.total
-        low = cache.reach(staged, n_q)
-        kept = Operands(
-            ops.q, staged.k[:, :, low:], staged.v[:, :, low:], ops.lead, ops.stored, ops.torch
-        )
-        first = staged.start + low
-        mask, bias = (
-            None if x is None else cut(name, x, cache._pinned, first, total)
-            for name, x in (("mask", mask), ("bias", bias))
-        )
-        problem = read_problem(kept, causal=causal, mask=mask, bias=bias, params=params, **terms)
-        if staged.there is not None:
-            problem = problem._replace(key_mask=staged.there[:, low:])
-        target = make_target(out, kept, problem)
-        taken = check_params(params, cache.spec.arrays, cache.spec)
-        if cache.spec.arrays:
-            taken = {**(taken or {}), PAST: total - n_q}
-        eager = Eager(kept, problem, target.array, return_lse)
-        result, lse = cache.spec.apply(eager, kept.q, kept.k, kept.v, taken)
-        if result is not target.array:
-            store(target.array, result)
-        given = target.finish(kept)
-        cache._held = staged.held
-    return OutLse(given, kept.give(lse)) if return_lse else given
+        return 0 if pinned else max(0, first - staged.start)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -633,42 +464,11 @@ def read_spec(spec: Any) -> Variant:
 def read_dtype(dtype: Any) -> str:
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     if name not in REAL + HALF:
-        try:  # an array type such as np.float16, a code such as "f2"
+        with contextlib.suppress(TypeError):  # a type such as np.float16, a code such as "f2"
             name = np.dtype(dtype).name
-        except TypeError:
-            pass
     if name not in REAL + HALF:
         raise DtypeError(f"dtype must be one of {', '.join(REAL + HALF)}, got {dtype!r:.80}")
     return name
-
-
-def check_causal(cache: Cache, causal: Any) -> None:
-    align = 1 if causal is True else read_causal(causal)
-    if align == 2:
-        raise ArgumentError(
-            f"causal={causal!r} counts rows from the first key, and with a cache the queries stand "
-            "at the last: pass causal=True"
-        )
-    if align == 0 and not cache._all:
-        raise ArgumentError(
-            f"causal=False may show any key, and a cache of {cache.spec} forgets keys: "
-            "pass causal=True"
-        )
-
-
-def refuse_others(dropout_p: Any, cu_seqlens: Any, return_weights: Any) -> None:
-    if dropout_p != 0:
-        raise ArgumentError(f"dropout_p is for training and a cache is not, got {dropout_p!r:.80}")
-    if cu_seqlens is not None:
-        raise ArgumentError(
-            "cu_seqlens packs whole sequences and a cache grows a batch of them: pad them and "
-            "pass key_mask="
-        )
-    if return_weights:
-        raise NotSupported(
-            "return_weights comes in a later version with a cache: pass all keys and values so far "
-            "as k and v"
-        )
 
 
 def refuse_gradients(**given: Any) -> None:
@@ -681,52 +481,3 @@ def refuse_gradients(**given: Any) -> None:
                     f"{name} requires grad, and no gradient goes through a cache: call under "
                     "torch.no_grad(), or pass all keys and values so far as k and v"
                 )
-
-
-def cut(name: str, x: Any, pinned: int, first: int, total: int) -> Array:
-    """The columns of the kept keys, of an array for all ``total`` keys or for one column."""
-    array, _ = to_array(name, x)
-    if array.ndim == 0 or array.shape[-1] == 1 != total:
-        return array
-    if array.shape[-1] != total:
-        raise ArgumentError(
-            f"{name} must have one column or {total}, one a token so far, got shape {array.shape}"
-        )
-    return join(array, pinned, first, total)
-
-
-def join(x: Array, pinned: int, first: int, total: int) -> Array:
-    """Columns [0, pinned) and [first, total)."""
-    if first <= pinned:
-        return x
-    return x[..., first:] if pinned == 0 else np.concatenate([x[..., :pinned], x[..., first:]], -1)
-
-
-# ---- storage ------------------------------------------------------------------------------------
-
-
-def rounded(x: Array, dtype: np.dtype[Any]) -> Array:
-    """``x`` in a storage type: itself, or a copy."""
-    if x.dtype == dtype:
-        return x
-    real = widen(x) if is_half(x) else x
-    if dtype not in HALVES:
-        return real
-    half = np.empty(x.shape, dtype)  # as half.narrow, without what arrays of any layout need there
-    _core.narrow(np.ascontiguousarray(real).reshape(-1), kind_of(dtype), half.reshape(-1))
-    return half
-
-
-def copied(held: Held | None) -> Held | None:
-    """The same in memory of its own, without free rows."""
-    if held is None:
-        return None
-    k, v = (x[:, :, : held.kept].copy() for x in (held.k, held.v))
-    return held._replace(k=k, v=v)
-
-
-def size_of(held: Held | None) -> int:
-    if held is None:
-        return 0
-    there = 0 if held.there is None else held.there.nbytes
-    return held.k.nbytes + held.v.nbytes + there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparseattn import _core
-from sparseattn.attention import KEYWORDS, read_call, run, run_piece
+from sparseattn.attention import KEYWORDS, Call, read_call, run, run_piece
 from sparseattn.errors import ArgumentError, DtypeError
 from sparseattn.half import real_type
 from sparseattn.inputs import (
@@ -22,8 +23,13 @@ from sparseattn.inputs import (
     enough_memory,
     is_torch,
     make_target,
+    read_bias,
+    read_operands,
+    read_sink,
+    spread,
     to_array,
 )
+from sparseattn.packed import build
 from sparseattn.plan import Plan, refuse_keywords
 from sparseattn.variants.base import Piece, Problem, parse
 
@@ -151,6 +157,69 @@ class State(NamedTuple):
     lse: Array
 
 
+# ---- tensors of PyTorch --------------------------------------------------------------------------
+
+
+def run_recorded(call: Call, given: dict[str, Any], others: tuple[Any, ...]) -> Recorded:
+    """A call whose out and lse are nodes of PyTorch's gradient graph.
+
+    ``given``: what q, k, v, bias and sink were made of, None where there is none; ``others``: what
+    else was read, kept so that PyTorch notices changes.
+    """
+    from sparseattn.integrations.torch import record
+
+    for name, x in given.items():
+        if name in ("q", "k", "v") and not is_torch(x):
+            raise ArgumentError(f"{name} is no tensor and others require grad: convert {name}")
+    ran = []
+
+    def forward() -> Any:
+        target = make_target(None, call.ops)
+        lse, made, problem = run(*call, target, True)
+        ran.append((lse, made, problem))
+        bare = problem._replace(bias=None, sink=None)
+        pullback = functools.partial(pull_tensors, tuple(given), made, bare)
+        return (target.finish(call.ops), call.ops.give(lse)), pullback
+
+    out, lse = record(forward, *given.values(), *others)
+    return Recorded(out, lse, *ran[0])
+
+
+class Recorded(NamedTuple):
+    out: Any  # tensors
+    lse: Any
+    rows: Array  # the log-sum-exp as (batch, heads, n_q)
+    plan: Plan
+    problem: Problem
+
+
+def pull_tensors(
+    names: tuple[str, ...],
+    made: Plan,
+    bare: Problem,
+    inputs: tuple[Any, ...],
+    outputs: tuple[Any, ...],
+    grads: tuple[Any, ...],
+    wanted: tuple[bool, ...],
+) -> list[Any]:
+    """Gradients of ``inputs``, of which the first ones have ``names``; None where not wanted."""
+    given = dict(zip(names, inputs[: len(names)], strict=True))
+    ops = read_operands(given["q"], given["k"], given["v"])
+    bias, params = given["bias"], {SINK: given[SINK]}
+    problem = bare._replace(
+        bias=None if bias is None else spread("bias", read_bias(bias, ops), ops),
+        sink=read_sink(params, ops),
+    )
+    out, lse = (to_array("out", x)[0] for x in outputs)
+    rows = ops.q.shape[:3]
+    state = State(ops, problem, made, out.reshape(*rows, ops.v.shape[3]), lse.reshape(rows))
+    likes = {
+        name: like(name, x) for (name, x), want in zip(given.items(), wanted, strict=False) if want
+    }
+    found = pull(state, likes, *read_gradients(ops, *grads))
+    return [found.get(name) for name in names] + [None] * (len(inputs) - len(names))
+
+
 # ---- what goes in and comes out ------------------------------------------------------------------
 
 
@@ -230,7 +299,6 @@ class Pass(NamedTuple):
     def over(self, core: _core.Plan) -> None:
         into = (self.dq, self.dk, self.dv, self.dbias)
         if any(x is not None for x in into):
-            terms = (self.problem, self.dout, self.lse, self.delta)
             read = (self.dout, self.lse, self.delta)
             _core.attend_grad(self.q, self.k, self.v, core, self.problem, *read, *into)
 

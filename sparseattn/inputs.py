@@ -29,7 +29,7 @@ from sparseattn.half import (
     widen,
     with_name,
 )
-from sparseattn.variants.base import Problem
+from sparseattn.variants.base import SEEDS, Problem
 
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array
@@ -44,6 +44,21 @@ def is_torch(x: object) -> bool:
     """A tensor of PyTorch; never imports it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
+
+
+def needs_grad(*arrays: Any) -> bool:
+    """Some of them are tensors whose gradient PyTorch will ask for; never imports it."""
+    torch = sys.modules.get("torch")
+    return (
+        torch is not None
+        and any(is_torch(x) and x.requires_grad for x in arrays)
+        and bool(torch.is_grad_enabled())
+    )
+
+
+def sink_of(params: Any) -> Any:
+    """What the caller gave for the sinks, or None."""
+    return params.get(SINK) if hasattr(params, "get") else None
 
 
 def to_array(name: str, x: Any) -> tuple[Array, str]:
@@ -221,9 +236,10 @@ def make_operands(
 ) -> Operands:
     """Operands of arrays (..., heads, length, dim) whose leading axes broadcast together."""
     lead, *others = [array.shape[:-3] for array in arrays]
+    if len(lead) == 1 and others == [lead, lead]:
+        return Operands(arrays[0], arrays[1], arrays[2], lead, stored, torch)
     try:
-        if others != [lead, lead]:
-            lead = np.broadcast_shapes(lead, *others)
+        lead = np.broadcast_shapes(lead, *others)
     except ValueError:
         shapes = ", ".join(f"{n} {array.shape}" for n, array in zip(names, arrays, strict=True))
         raise ArgumentError(
@@ -255,7 +271,7 @@ def read_problem(
 ) -> Problem:
     dim = ops.q.shape[3]
     default = dim**-0.5 if dim else 1.0
-    share, drawn = read_dropout(dropout_p, seed)
+    share, drawn = read_dropout(dropout_p, seed, ops.torch)
     return Problem(
         causal=read_causal(causal),
         scale=default if scale is None else read_number("scale", scale),
@@ -293,25 +309,30 @@ def read_number(name: str, value: Any, least: float = -math.inf) -> float:
     return number
 
 
-def read_dropout(dropout_p: Any, seed: Any) -> tuple[float, int]:
-    """The share of weights to drop, and what says which: drawn here unless given."""
+def read_dropout(dropout_p: Any, seed: Any, torch: bool = False) -> tuple[float, int]:
+    """The share of weights to drop, and what says which: drawn here unless given, for tensors by
+    PyTorch's generator."""
     share = 0.0 if dropout_p == 0 else read_number("dropout_p", dropout_p)
     if not 0.0 <= share < 1.0:
         raise ArgumentError(f"dropout_p must be in [0, 1), got {dropout_p!r:.80}")
+    if seed is None and share and torch:
+        from sparseattn.integrations.torch import draw_seed
+
+        return share, draw_seed()
     if seed is None:
         return share, int.from_bytes(os.urandom(8)) >> 1 if share else 0
     try:
         number = operator.index(seed)
     except TypeError:
         number = -1
-    if not 0 <= number < 1 << 63 or isinstance(seed, bool):
+    if not 0 <= number < SEEDS or isinstance(seed, bool):
         raise ArgumentError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r:.80}")
     return share, number
 
 
 def read_sink(params: Any, ops: Operands) -> Array | None:
     """``params["sink"]``: for each query head the score of one more key, whose value is 0."""
-    given = params.get(SINK) if hasattr(params, "get") else None
+    given = sink_of(params)
     if given is None:
         return None
     sink, _ = to_real("params['sink']", given)

@@ -58,7 +58,9 @@ def read_offsets(name: str, given: Any, axis: str, length: int) -> Array:
             f"got shape {offsets.shape}"
         )
     if offsets[0] != 0:
-        raise ArgumentError(f"{name} must start at 0, where the first sequence does, got {given!r:.80}")
+        raise ArgumentError(
+            f"{name} must start at 0, where the first sequence does, got {given!r:.80}"
+        )
     falls = np.flatnonzero(offsets[1:] < offsets[:-1])
     if falls.size:
         at = int(falls[0])
@@ -82,17 +84,19 @@ def build(
         return spec.build(q, k, problem, params)
     if spec.arrays:
         raise ArgumentError(
-            f"{spec} takes {', '.join(spec.arrays)} for one sequence, and cu_seqlens packs several: "
-            "call it once a sequence, or join the sequences' masks in a plan"
+            f"{spec} takes {', '.join(spec.arrays)} for one sequence and cu_seqlens packs several: "
+            "call it once a sequence"
         )
-    cu_q, cu_k = problem.cu_seqlens
-    if cu_q.size == 1:
-        return spec.build(q, k, problem._replace(cu_seqlens=None), params)
+    one = problem._replace(cu_seqlens=None)
+    cu_q, cu_k = (offsets.tolist() for offsets in problem.cu_seqlens)
+    if len(cu_q) == 1:
+        return spec.build(q, k, one, params)
     alike, which = groups(spec, problem)
-    built = [
-        spec.build(*sequence(q, k, problem, slice(*cu_q[s : s + 2]), slice(*cu_k[s : s + 2])), params)
-        for s in alike
-    ]
+    built = []
+    for s in alike:
+        rows, keys = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
+        own = one.of_block(rows, keys)
+        built.append(spec.build(q[:, :, rows], k[:, :, keys], own, params))
     pieces = []
     for at, piece in enumerate(built[0]):
         own = problem.of_heads(piece.begin, piece.end)
@@ -112,17 +116,3 @@ def groups(spec: Variant, problem: Problem) -> tuple[list[int], list[int]]:
     sizes = np.diff(cu_q) * (cu_k[-1] + 1) + np.diff(cu_k)  # both below 2**30
     _, first, which = np.unique(sizes, return_index=True, return_inverse=True)
     return first.tolist(), which.tolist()
-
-
-def sequence(
-    q: Array, k: Array, problem: Problem, rows: slice, keys: slice
-) -> tuple[Array, Array, Problem]:
-    """The operands of one sequence."""
-    mask, bias, key_mask = problem.mask, problem.bias, problem.key_mask
-    own = problem._replace(
-        mask=None if mask is None else mask[:, :, rows, keys],
-        bias=None if bias is None else bias[:, :, rows, keys],
-        key_mask=None if key_mask is None else key_mask[:, keys],
-        cu_seqlens=None,
-    )
-    return q[:, :, rows], k[:, :, keys], own

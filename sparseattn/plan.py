@@ -54,7 +54,7 @@ RENAMED = {
     "max_seqlen": "nothing: cu_seqlens says it",
     "max_seqlen_q": "nothing: cu_seqlens says it",
     "max_seqlen_k": "nothing: cu_seqlens says it",
-    "document_ids": "spec=sa.Plan.from_documents(ids)",
+    "document_ids": "spec, as in sa.Plan.from_documents(ids)",
     "block_mask": "spec, as in sa.BlockMask(64), or a plan",
     "enable_gqa": "nothing: unequal numbers of heads just work",
     "need_weights": "return_weights",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sparseattn.attention import refuse_with_plan, run
+from sparseattn.attention import Call, refuse_with_plan, run
 from sparseattn.errors import ArgumentError
+from sparseattn.gradients import run_recorded
 from sparseattn.half import HALF
 from sparseattn.inputs import (
+    SINK,
     is_torch,
     make_operands,
     make_target,
+    needs_grad,
     read_alike,
     read_bias,
     read_bool,
@@ -21,9 +24,6 @@ from sparseattn.inputs import (
     to_array,
 )
 from sparseattn.plan import Plan
-
-if TYPE_CHECKING:
-    from sparseattn.variants.base import Array
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -84,8 +84,8 @@ def scaled_dot_product_attention(
     given = {"query": query, "key": key, "value": value}
     arrays, stored = read_alike(given, "(..., length, dim)")
     flat = all(array.ndim == 2 for array in arrays)
-    arrays = grouped_heads(*arrays) if enable_gqa else broadcast_heads(*arrays)
-    ops = make_operands(arrays, ("query", "key", "value"), stored, is_torch(query))
+    align = grouped_heads if enable_gqa else broadcast_heads
+    ops = make_operands(align(*arrays), ("query", "key", "value"), stored, is_torch(query))
     causal = "top_left" if is_causal else False
     problem = read_problem(ops, causal=causal, scale=scale, dropout_p=dropout_p)
     if attn_mask is not None:
@@ -97,13 +97,20 @@ def scaled_dot_product_attention(
             problem = problem._replace(mask=spread("attn_mask", array, ops))
     if isinstance(spec, Plan):
         refuse_with_plan(spec, {"causal": causal, "attn_mask": problem.mask}, None)
-    target = make_target(None, ops)
-    run(ops, spec, None, problem, target, False)
-    result = target.finish(ops)
+    if needs_grad(query, key, value, attn_mask):
+        tensors = align(query, key, value)
+        given = dict(zip(("q", "k", "v"), tensors, strict=True))
+        given |= {"bias": None if problem.bias is None else attn_mask, SINK: None}
+        others = (attn_mask,) if problem.bias is None else ()
+        result = run_recorded(Call(ops, spec, None, problem), given, others).out
+    else:
+        target = make_target(None, ops)
+        run(ops, spec, None, problem, target, False)
+        result = target.finish(ops)
     return result[0] if flat else result
 
 
-def broadcast_heads(q: Array, k: Array, v: Array) -> list[Array]:
+def broadcast_heads(q: Any, k: Any, v: Any) -> list[Any]:
     """All axes before (length, dim) broadcast together, the last of them becoming heads."""
     arrays = [x[(None,) * max(0, 3 - x.ndim)] for x in (q, k, v)]
     heads = [x.shape[-3] for x in arrays]
@@ -115,11 +122,12 @@ def broadcast_heads(q: Array, k: Array, v: Array) -> list[Array]:
     shared = heads[1] == heads[2] == 1  # one kv head for all query heads: nothing to expand
     for at, x in enumerate(arrays):
         if x.shape[-3] == 1 and not (shared and at > 0):
-            arrays[at] = np.broadcast_to(x, (*x.shape[:-3], max(heads), *x.shape[-2:]))
+            shape = (*x.shape[:-3], max(heads), *x.shape[-2:])
+            arrays[at] = x.expand(shape) if is_torch(x) else np.broadcast_to(x, shape)
     return arrays
 
 
-def grouped_heads(q: Array, k: Array, v: Array) -> list[Array]:
+def grouped_heads(q: Any, k: Any, v: Any) -> list[Any]:
     """Key and value heads divide query heads, each on its own as in PyTorch."""
     if min(q.ndim, k.ndim, v.ndim) < 3:
         raise ArgumentError("enable_gqa=True needs (..., heads, length, dim) for query, key, value")
@@ -130,5 +138,9 @@ def grouped_heads(q: Array, k: Array, v: Array) -> list[Array]:
                 f"the {x.shape[-3]} heads of {name} must divide the {heads} of query"
             )
     if k.shape[-3] != v.shape[-3]:
-        k, v = (np.repeat(x, heads // x.shape[-3], axis=-3) for x in (k, v))
+        k, v = (repeat_heads(x, heads // x.shape[-3]) for x in (k, v))
     return [q, k, v]
+
+
+def repeat_heads(x: Any, times: int) -> Any:
+    return x.repeat_interleave(times, -3) if is_torch(x) else np.repeat(x, times, axis=-3)

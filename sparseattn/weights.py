@@ -1,4 +1,5 @@
-"""Single rows of a plan and of its weights, read off the spans: never n_q x n_k memory."""
+"""Weights of a call without n_q x n_k memory: rows read off the spans when asked for, the largest
+of each row, and what each key received."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparseattn import _core
-from sparseattn.variants.base import Problem
+from sparseattn.errors import ArgumentError
+from sparseattn.inputs import Operands, empty
+from sparseattn.variants.base import Piece, Problem
 
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array
 
 SCORES_AT_ONCE = 1 << 20  # scores held while rows of weights are made
+DENSE_WEIGHTS = 1 << 22  # weights up to here come as an array
+MOST_DIGITS = 18
 
 
 class Rows:
@@ -126,6 +131,86 @@ class Weights:
 
     def __repr__(self) -> str:
         return f"<Weights of shape {self.shape}: {self.nnz:,} entries, made by .rows(batch, head)>"
+
+
+class TopWeights(NamedTuple):
+    """The largest weights of each row, downwards; equal ones by key upwards."""
+
+    values: Any  # (..., heads, n_q, n), float64 for float64 inputs, else float32
+    indices: Any  # int64, alike: the keys; -1, with weight 0, past the keys that a row keeps
+
+
+class Wanted(NamedTuple):
+    """What ``return_weights`` asks for."""
+
+    kind: str  # "", "all", "mass", "topn"
+    n: int = 0
+
+
+def read_wanted(return_weights: Any) -> Wanted:
+    if isinstance(return_weights, bool | np.bool_):
+        return Wanted("all" if return_weights else "")
+    if isinstance(return_weights, str):
+        name, colon, number = return_weights.strip().lower().partition(":")
+        if name == "mass" and not colon:
+            return Wanted("mass")
+        if name == "topn" and number.isdecimal() and len(number) <= MOST_DIGITS and int(number) > 0:
+            return Wanted("topn", int(number))
+        if name == "topn":
+            raise ArgumentError(
+                f"return_weights={return_weights!r:.80} must say how many weights of each row, "
+                "from 1 on: pass 'topn:16'"
+            )
+    raise ArgumentError(
+        f"return_weights must be False, True, 'topn:16' (the 16 largest weights of each row) or "
+        f"'mass' (what each key received), got {return_weights!r:.80}"
+    )
+
+
+def make_weights(wanted: Wanted, ops: Operands, lse: Array, problem: Problem, plan: Any) -> Any:
+    """What was asked for of the weights of a call whose log-sum-exp (batch, heads, n_q) is known."""
+    if wanted.kind == "mass":
+        return ops.give(mass(ops, lse, problem, plan))
+    if wanted.kind == "topn":
+        values, indices = largest(ops, lse, problem, plan, wanted.n)
+        return TopWeights(ops.give(values), ops.give(indices))
+    batch, heads, n_q, n_k = ops.score_shape
+    if batch * heads * n_q * n_k > DENSE_WEIGHTS:
+        return Weights(ops.q, ops.k, lse, problem, plan, ops.lead)
+    mask = plan.to_mask().reshape(ops.score_shape)
+    return ops.give(dense_weights(ops.q, ops.k, lse, problem, mask), stored=True)
+
+
+def mass(ops: Operands, lse: Array, problem: Problem, plan: Any) -> Array:
+    """Sums of the weights over the rows, (batch, heads, n_k)."""
+    batch, heads, _, n_k = ops.score_shape
+    total = empty("the mass of the keys", (batch, heads, n_k), lse.dtype)
+    for piece in plan.pieces:
+        call, own = of_piece(piece, ops, lse, problem, plan.group)
+        _core.attend_mass(*call, total[:, own])
+    return total
+
+
+def largest(
+    ops: Operands, lse: Array, problem: Problem, plan: Any, n: int
+) -> tuple[Array, Array]:
+    """The n largest weights of each row and their keys, (batch, heads, n_q, n)."""
+    shape = (*ops.score_shape[:3], n)
+    values = empty("the largest weights", shape, lse.dtype)
+    indices = empty("the keys of the largest weights", shape, np.int64)
+    for piece in plan.pieces:
+        call, own = of_piece(piece, ops, lse, problem, plan.group)
+        _core.attend_topn(*call, values[:, own], indices[:, own])
+    return values, indices
+
+
+def of_piece(
+    piece: Piece, ops: Operands, lse: Array, problem: Problem, group: int
+) -> tuple[tuple[Any, ...], slice]:
+    """q, k, v, plan, problem and lse of the heads of one piece, and those heads."""
+    own, kv = slice(piece.begin, piece.end), slice(*piece.kv_range(group))
+    arrays = (ops.q[:, own], ops.k[:, kv], ops.k[:, kv])  # values are not read
+    return (*arrays, piece.core, problem.of_heads(piece.begin, piece.end), lse[:, own]), own
 
 
 def exp_minus(scores: Array, lse: Any) -> Array:

@@ -64,6 +64,7 @@ def entries() -> dict[str, Callable[[], Any]]:
     mask = np.random.default_rng(6).random((B, H, NQ, NK)) < 0.5
     key_mask = np.random.default_rng(7).random((B, NK)) < 0.8
     dense, topk, masked = build("dense", q, k), build("topk", q, k), _core.plan_from_mask(mask)
+    intervals = np.zeros((1, NQ), np.int64), np.arange(1, NQ + 1)[None]
     arrays, (out, lse) = topk.arrays(), attend(q, k, v)
     calls: dict[str, Callable[[], Any]] = {
         f"build {name}": lambda name=name: build(name, q, k, problem(1, mask, None, key_mask))
@@ -77,6 +78,8 @@ def entries() -> dict[str, Callable[[], Any]]:
         "attend row": lambda: attend(q[:, :, -1:], k, v),
         "from_mask": lambda: _core.plan_from_mask(mask),
         "from_arrays": lambda: _core.plan_from_arrays(arrays),
+        "from_intervals": lambda: _core.plan_from_intervals(*intervals, NK, B, H),
+        "pack": lambda: _core.plan_pack((dense, topk, dense), None, None),
         "union": lambda: _core.plan_combine(dense, topk, "union"),
         "intersection": lambda: _core.plan_combine(masked, topk, "intersection"),
         "to_mask": lambda: masked.to_mask(),

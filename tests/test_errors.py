@@ -138,7 +138,7 @@ WRONG: list[tuple[Any, type[Exception], list[str]]] = [
     (lambda: call(params={"sink": np.zeros(3)}), ValueError, ["sink", "(4,)", "(3,)"]),
     (lambda: call(params={"sink": [1, 2, 3, 4]}), TypeError, ["sink", "int64", "float32"]),
     (lambda: call(params={"sinks": np.zeros(4)}), ValueError, ["sinks", "sink"]),
-    (lambda: call(cu_seqlens=[0, 5]), NotImplementedError, ["cu_seqlens", "later"]),
+    (lambda: call(cu_seqlens=[0, 5]), ValueError, ["cu_seqlens", "pair (cu_q, cu_k)"]),
     (lambda: call(cache=object()), NotImplementedError, ["cache", "later"]),
     # what runs
     (lambda: sa.set_num_threads(0), ValueError, ["0"]),

@@ -27,7 +27,7 @@ ROOMS = [
     ["errors", "progress", "assets", "integrations.torch"],
     ["variants.base"],
     ["half", "inputs", "weights", "plan", "config", "attention", "tensor", "positions"]
-    + ["sdpa", "merge", "gradients", "cache", "packed"],
+    + ["sdpa", "merge", "gradients", "cache", "kept", "decode", "packed"],
     ["variants"],
     ["integrations"],
     ["models"],

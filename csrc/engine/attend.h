@@ -27,4 +27,9 @@ sa_status sa_attend(sa_ctx *ctx, sa_view out, sa_view lse, const sa_problem *p,
 sa_status sa_merge(sa_ctx *ctx, sa_view out, sa_view lse, const sa_view *outs, const sa_view *lses,
                    int n);
 
+/* Of that, the gradients of one part: w = exp(lse_a - lse), dout_a = w dout, dlse_a = w (<dout,
+ * out_a - out> + dlse); dout, dlse with data NULL: zeros. */
+sa_status sa_merge_grad(sa_ctx *ctx, sa_view dout_a, sa_view dlse_a, sa_view dout, sa_view dlse,
+                        sa_view out, sa_view lse, sa_view out_a, sa_view lse_a);
+
 #endif

@@ -31,8 +31,19 @@ row_delta(const delta_call *d, int64_t b, int64_t h, int64_t i)
                                                               sa_view_row(d->dout, b, h, i);
     double sum = 0;
     if (d->out.dtype == SA_F32 && d->dout.dtype == SA_F32) {
-        for (int64_t c = 0; c < d->out.size[3]; c++) {
-            sum += (double)((const float *)out)[c] * ((const float *)dout)[c];
+        const float *const x = out, *const y = dout;
+        const int64_t n = d->out.size[3];
+        double part[8] = {0};
+        for (int64_t c = 0; c < n / 8 * 8; c += 8) {
+            for (int i = 0; i < 8; i++) {
+                part[i] += (double)x[c + i] * y[c + i];
+            }
+        }
+        for (int64_t c = n / 8 * 8; c < n; c++) {
+            part[c % 8] += (double)x[c] * y[c];
+        }
+        for (int i = 0; i < 8; i++) {
+            sum += part[i];
         }
     } else {
         for (int64_t c = 0; c < d->out.size[3]; c++) {

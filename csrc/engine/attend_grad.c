@@ -8,18 +8,13 @@
 #include "engine/attend_grad_call.h"
 
 enum {
-    WANTED_TASKS = 64, /* keep any number of threads busy ...                 */
-    RUN_KEYS = 1024,   /* ... with runs this long: loading rows again costs    */
-    LEAST_TASKS = 16,  /* what few heads are cut into, however short the runs */
-    LEAST_RUN_KEYS = 128,
+    WANTED_TASKS = 64, /* keep any number of threads busy                                  */
+    LEAST_TASKS = 8,   /* what few heads are cut into where a visit brings less than ...    */
+    VISIT_KEYS = 1024, /* ... this: a block loads its rows again for every run that it sees */
+    SHORT_VISIT = 128,
+    ROW_VISIT = 16, /* the same of one row alone                                        */
     MOST_RUNS = 16
 };
-
-static double
-real_at(const void *at, bool f64)
-{
-    return f64 ? *(const double *)at : (double)*(const float *)at;
-}
 
 void
 sa_grad_row(const sa_grad_group *gg, int r, double *lse, double *delta)
@@ -27,8 +22,8 @@ sa_grad_row(const sa_grad_group *gg, int r, double *lse, double *delta)
     const sa_query *const q = &gg->g.s.query[r];
     const sa_attend_grads *const grads = gg->call->grads;
     const bool f64 = gg->g.call->real_bytes == 8;
-    *lse = real_at(sa_view_row(grads->lse, gg->g.b, q->head, q->i), f64);
-    *delta = gg->ds_scale * real_at(sa_view_row(grads->delta, gg->g.b, q->head, q->i), f64);
+    *lse = sa_real_at(sa_view_row(grads->lse, gg->g.b, q->head, q->i), f64);
+    *delta = gg->ds_scale * sa_real_at(sa_view_row(grads->delta, gg->g.b, q->head, q->i), f64);
     if (*lse == -INFINITY) {
         *lse = INFINITY;
         *delta = 0;
@@ -86,10 +81,9 @@ run_group(sa_group *g, bool few)
     (few ? sa_grad_rows : sa_grad_strips)(gg);
 }
 
-/* A group of this call, for the part that head belongs to. */
-static sa_status
-group_begin(sa_ctx *ctx, const sa_grad_call *call, int64_t b, int64_t head, int worker,
-            sa_grad_group *gg, const sa_part **part)
+sa_status
+sa_grad_group_begin(sa_ctx *ctx, const sa_grad_call *call, int64_t b, int64_t head, int worker,
+                    sa_grad_group *gg, const sa_part **part)
 {
     const sa_problem *const p = call->call.p;
     int at = 0;
@@ -138,7 +132,7 @@ grad_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     const int64_t lo = y * call->run_keys, hi = SA_MIN(lo + call->run_keys, p->n_k);
     sa_grad_group gg;
     const sa_part *part;
-    const sa_status status = group_begin(ctx, call, b, g * group, worker, &gg, &part);
+    const sa_status status = sa_grad_group_begin(ctx, call, b, g * group, worker, &gg, &part);
     if (status != SA_OK) {
         return status;
     }
@@ -159,125 +153,11 @@ grad_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
             if (sa_stopped(ctx)) {
                 return SA_OK;
             }
-            sa_group_block(&gg.g, block, true, head, heads);
+            sa_group_block(&gg.g, block, block + 1 == end, head, heads);
         }
     }
     return SA_OK;
 }
-
-/* ---- dbias -------------------------------------------------------------------------------------
- * One task writes an entry of bias: batches, heads, rows over which bias was broadcast are summed
- * in order inside of the task.
- */
-
-static void
-add_bias(sa_view dbias, int64_t b, const sa_query *q, int32_t key, double ds)
-{
-    void *const row = sa_view_row(dbias, b, q->head, q->i);
-    const int64_t at = key * dbias.stride[3];
-    if (dbias.dtype == SA_F64) {
-        ((double *)row)[at] += ds;
-    } else {
-        ((float *)row)[at] += (float)ds;
-    }
-}
-
-static void
-bias_sums(sa_grad_group *gg, int r, const sa_key_tile *tile, int a, int n)
-{
-    const sa_view dbias = gg->call->grads->dbias;
-    const size_t bytes = gg->g.call->real_bytes;
-    const int first = r < 0 ? gg->strip * gg->w : r;
-    const int end = r < 0 ? SA_MIN(first + gg->w, gg->g.n_rows) : r + 1;
-    for (int row = first; row < end; row++) {
-        for (int x = 0; x < n; x++) {
-            const int64_t at =
-                r < 0 ? gg->strip * gg->step + (int64_t)(a + x) * gg->w + (row - first) : x;
-            add_bias(dbias, gg->g.b, &gg->g.s.query[row], tile->keys[a + x],
-                     real_at(gg->s.ds + (size_t)at * bytes, bytes == 8));
-        }
-    }
-}
-
-/* How many tasks share out an axis: all of it is one task's where bias is broadcast over it. */
-typedef struct {
-    int64_t batches, heads, rows, keys;
-} bias_cut;
-
-static bias_cut
-cut_bias(const sa_grad_call *call)
-{
-    const sa_problem *const p = call->call.p;
-    const sa_view bias = call->grads->dbias;
-    bias_cut c = {1, 1, 1, 1};
-    c.batches = bias.stride[0] != 0 ? p->batch : 1;
-    c.heads = bias.stride[1] != 0 ? p->heads : 1;
-    if (bias.stride[2] != 0 && call->call.n_parts == 1) {
-        c.rows = SA_MIN(call->call.parts[0].plan->n_blocks, WANTED_TASKS);
-    } else if (bias.stride[3] != 0) {
-        c.keys = SA_MAX(1, SA_MIN(p->n_k / LEAST_RUN_KEYS, MOST_RUNS));
-    }
-    return c;
-}
-
-static sa_status
-bias_head(sa_ctx *ctx, const sa_grad_call *call, bias_cut cut, int64_t b, int64_t head,
-          const int64_t run[2], int worker)
-{
-    const sa_problem *const p = call->call.p;
-    sa_grad_group gg;
-    const sa_part *part;
-    const sa_status status = group_begin(ctx, call, b, head, worker, &gg, &part);
-    if (status != SA_OK) {
-        return status;
-    }
-    gg.ds_scale = 1;
-    gg.raw = true;
-    gg.bias_sums = bias_sums;
-    gg.g.map = sa_plan_map(gg.g.plan, b, head);
-    gg.g.key_lo = (int32_t)(run[1] * p->n_k / cut.keys);
-    gg.g.key_hi = (int32_t)((run[1] + 1) * p->n_k / cut.keys);
-    const int64_t n_blocks = gg.g.plan->n_blocks, end = (run[0] + 1) * n_blocks / cut.rows;
-    for (int64_t block = run[0] * n_blocks / cut.rows; block < end && !sa_stopped(ctx); block++) {
-        sa_group_block(&gg.g, block, true, head, 1);
-    }
-    return SA_OK;
-}
-
-static sa_status
-bias_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
-{
-    const sa_grad_call *const call = arg;
-    const sa_problem *const p = call->call.p;
-    const bias_cut cut = cut_bias(call);
-    const int64_t run[] = {task % cut.rows, task / cut.rows % cut.keys};
-    task /= cut.rows * cut.keys;
-    const int64_t head = task % cut.heads, b = task / cut.heads;
-    sa_status status = SA_OK;
-    for (int64_t c = b; c < (cut.batches > 1 ? b + 1 : p->batch); c++) {
-        for (int64_t h = head; h < (cut.heads > 1 ? head + 1 : p->heads); h++) {
-            if (status == SA_OK) {
-                status = bias_head(ctx, call, cut, c, h, run, worker);
-            }
-        }
-    }
-    return status;
-}
-
-static sa_status
-bias_pass(sa_ctx *ctx, const sa_grad_call *given)
-{
-    sa_attend_grads grads = *given->grads;
-    sa_grad_call call = *given;
-    grads.dq.data = grads.dk.data = grads.dv.data = NULL;
-    call.grads = &grads;
-    call.round = 0;
-    const bias_cut cut = cut_bias(&call);
-    return sa_parallel(ctx, cut.batches * cut.heads * cut.rows * cut.keys, bias_task, &call);
-}
-
-/* ---- the call ----------------------------------------------------------------------------------
- */
 
 static sa_status
 check_view(sa_ctx *ctx, const char *name, sa_view v, sa_dtype dtype, const int64_t size[4])
@@ -314,21 +194,61 @@ check_grads(sa_ctx *ctx, const sa_attend_grads *g, const sa_problem *p)
     return s ? s : check_view(ctx, "dbias", g->dbias, g->dbias.dtype, pairs);
 }
 
+/* Pairs of a row block and a run of keys in which it has spans; the keys of all spans. */
+static void
+count_visits(const sa_plan *plan, int64_t run_keys, int64_t *visits, int64_t *keys)
+{
+    for (int64_t slot = 0; slot < plan->n_maps * plan->n_blocks; slot++) {
+        uint32_t met = 0;
+        for (int64_t s = plan->row_ptr[slot]; s < plan->row_ptr[slot + 1]; s++) {
+            const int64_t len = sa_plan_span_len(plan, s), start = plan->start[s];
+            for (int64_t run = start / run_keys; run <= (start + len - 1) / run_keys; run++) {
+                met |= 1u << run;
+            }
+            *keys += len;
+        }
+        *visits += __builtin_popcount(met);
+    }
+}
+
+static int64_t
+run_length(int64_t n_k, int64_t runs)
+{
+    return SA_MAX(1, ((n_k + runs - 1) / runs + SA_TILE_KEYS - 1) / SA_TILE_KEYS) * SA_TILE_KEYS;
+}
+
+/* Whether so many runs are worth it: a visit brings enough keys, or hardly any block has a second
+ * one. */
+static bool
+worth(const sa_grad_call *call, int64_t runs)
+{
+    int64_t visits = 0, keys = 0, blocks = 0, rows = 1;
+    for (int i = 0; i < call->call.n_parts; i++) {
+        const sa_plan *const plan = call->call.parts[i].plan;
+        count_visits(plan, run_length(call->call.p->n_k, runs), &visits, &keys);
+        blocks += plan->n_maps * plan->n_blocks;
+        rows = SA_MAX(rows, plan->rows_per_block);
+    }
+    const bool many = call->kv_tasks * runs > LEAST_TASKS;
+    const int64_t least = rows == 1 ? ROW_VISIT : many ? VISIT_KEYS : SHORT_VISIT;
+    return keys >= least * visits || visits <= blocks + blocks / 4;
+}
+
 static void
 cut_runs(sa_grad_call *call)
 {
     const sa_problem *const p = call->call.p;
-    int64_t blocks = p->n_q;
-    for (int i = 0; i < call->call.n_parts; i++) {
-        blocks = SA_MIN(blocks, call->call.parts[i].plan->n_blocks);
-    }
+    int64_t runs = MOST_RUNS;
     call->kv_tasks = p->batch * p->kv_heads;
-    const int64_t many = SA_MIN(WANTED_TASKS / call->kv_tasks, p->n_k / RUN_KEYS);
-    const int64_t few = SA_MIN(LEAST_TASKS / call->kv_tasks, p->n_k / LEAST_RUN_KEYS);
-    int64_t runs = SA_MAX(many, few);
-    runs = SA_MAX(1, SA_MIN(SA_MIN(runs, blocks), MOST_RUNS));
-    call->run_keys = ((p->n_k + runs - 1) / runs + SA_TILE_KEYS - 1) / SA_TILE_KEYS * SA_TILE_KEYS;
-    call->runs = runs;
+    for (int i = 0; i < call->call.n_parts; i++) {
+        runs = SA_MIN(runs, call->call.parts[i].plan->n_blocks);
+    }
+    runs = SA_MIN(SA_MIN(runs, p->n_k / SHORT_VISIT), WANTED_TASKS / call->kv_tasks);
+    while (runs > 1 && !worth(call, runs)) {
+        runs /= 2;
+    }
+    call->runs = SA_MAX(runs, 1);
+    call->run_keys = run_length(p->n_k, call->runs);
 }
 
 sa_status
@@ -353,5 +273,5 @@ sa_attend_grad(sa_ctx *ctx, const sa_attend_grads *grads, const sa_problem *p, c
             status = sa_parallel(ctx, call.kv_tasks * call.runs, grad_task, &call);
         }
     }
-    return status == SA_OK && grads->dbias.data != NULL ? bias_pass(ctx, &call) : status;
+    return status == SA_OK && grads->dbias.data != NULL ? sa_grad_bias(ctx, &call) : status;
 }

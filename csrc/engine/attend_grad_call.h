@@ -25,23 +25,40 @@ typedef struct {
     void **dk_row, **dv_row; /* [KEYS]                                                       */
 } sa_grad_scratch;
 
+/* Rows as they lie, ld reals apart. */
+typedef struct {
+    const char *at;
+    int64_t ld;
+} sa_grad_rows_at;
+
 /* One group of query rows of one block; a sa_group to who does not know better. */
 typedef struct sa_grad_group {
     sa_group g;
     const sa_grad_call *call;
     sa_grad_scratch s;
     int w, n_strips;
-    int64_t step; /* reals between strips of p, ds, seen */
-    int64_t ld_q, ld_v;
-    double ds_scale;  /* what multiplies ds: scale for dq and dk, 1 for dbias         */
-    bool raw;         /* ds without the derivative of the soft-cap, as dbias takes it */
-    bool sums;        /* dk or dv is wanted                                           */
-    bool plain;       /* a score is scale q.k and no more                             */
-    bool rows_finite; /* q and dout of the group                                      */
+    int64_t step;            /* reals between strips of p, ds, seen */
+    sa_grad_rows_at q, dout; /* of the group, as they lie     */
+    double ds_scale;         /* what multiplies ds: scale for dq and dk, 1 for dbias         */
+    bool raw;                /* ds without the derivative of the soft-cap, as dbias takes it */
+    bool sums;               /* dk or dv is wanted                                           */
+    bool plain;              /* a score is scale q.k and no more                             */
+    int rows_finite;         /* whether q and dout of the group are; -1: not looked at yet   */
     /* dbias: takes ds of row r, [key]; r < 0: of the rows of strip `strip`. NULL otherwise. */
     void (*bias_sums)(struct sa_grad_group *g, int r, const sa_key_tile *tile, int a, int n);
     int strip;
 } sa_grad_group;
+
+/* A group of this call, for the part that a head belongs to. SA_EINTERNAL. */
+sa_status sa_grad_group_begin(sa_ctx *ctx, const sa_grad_call *call, int64_t b, int64_t head,
+                              int worker, sa_grad_group *gg, const sa_part **part);
+sa_status sa_grad_bias(sa_ctx *ctx, const sa_grad_call *call); /* the pass for dbias */
+
+static inline double
+sa_real_at(const void *at, bool f64)
+{
+    return f64 ? *(const double *)at : (double)*(const float *)at;
+}
 
 void sa_grad_strips(sa_grad_group *g); /* tile path */
 void sa_grad_rows(sa_grad_group *g);   /* row path  */

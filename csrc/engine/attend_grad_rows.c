@@ -48,14 +48,14 @@ row_sums(const sa_grad_group *gg, const sa_key_tile *tile, int a, int n, bool te
     if (grads->dv.data != NULL && grads->dout.data != NULL) {
         sums.p = gg->s.p;
         sums.b = gg->s.dout;
-        sums.ldb = gg->ld_v;
+        sums.ldb = p->dim_v;
         sums.dim = (int)p->dim_v;
         gg->g.call->tile->sums(gg->s.dv_row + a, &sums);
     }
     if (grads->dk.data != NULL) {
         sums.p = gg->s.ds;
         sums.b = gg->s.q;
-        sums.ldb = gg->ld_q;
+        sums.ldb = p->dim;
         sums.dim = (int)p->dim;
         gg->g.call->tile->sums(gg->s.dk_row + a, &sums);
     }
@@ -82,6 +82,12 @@ row_keys(sa_grad_group *gg, int r, const sa_key_tile *tile, int a, int n)
     }
 }
 
+static int64_t
+whole(const sa_tile *t, int64_t dim)
+{
+    return (dim + t->lanes - 1) / t->lanes * t->lanes;
+}
+
 /* q, dout and dq of row r, and its lse and delta for every key of a tile. */
 static void
 row_begin(sa_grad_group *gg, int r)
@@ -98,13 +104,13 @@ row_begin(sa_grad_group *gg, int r)
     t->fill(gg->s.delta, SA_TILE_KEYS, delta);
     const void *const from = sa_view_row(p->q, g->b, q->head, q->i);
     t->load_rows(g->s.qt, p->dim, from, p->q.dtype, 0, 1, (int)p->dim, p->scale);
-    sa_grad_load(gg, gg->s.q, gg->ld_q, p->q, r, (int)p->dim);
+    sa_grad_load(gg, gg->s.q, whole(t, p->dim), p->q, r, (int)p->dim);
     gg->rows_finite = t->finite(rows, 1, (int)p->dim);
     if (grads->dout.data != NULL) {
         const void *const dout = sa_view_row(grads->dout, g->b, q->head, q->i);
         t->load_rows(gg->s.dot, p->dim_v, dout, grads->dout.dtype, 0, 1, (int)p->dim_v,
                      gg->ds_scale);
-        sa_grad_load(gg, gg->s.dout, gg->ld_v, grads->dout, r, (int)p->dim_v);
+        sa_grad_load(gg, gg->s.dout, whole(t, p->dim_v), grads->dout, r, (int)p->dim_v);
         gg->rows_finite = gg->rows_finite && t->finite(rows + 1, 1, (int)p->dim_v);
     }
     t->fill(gg->s.dq, p->dim, 0.0);
@@ -127,8 +133,12 @@ sa_grad_rows(sa_grad_group *gg)
         const sa_query *const q = &g->s.query[r];
         sa_cursor cursor = sa_cursor_start(g);
         sa_key_tile tile;
+        bool more = sa_cursor_next(&cursor, &tile);
+        if (!more && gg->call->round > 0) {
+            return;
+        }
         row_begin(gg, r);
-        while (!sa_stop_asked(g->ctx, g->worker) && sa_cursor_next(&cursor, &tile)) {
+        for (; more && !sa_stop_asked(g->ctx, g->worker); more = sa_cursor_next(&cursor, &tile)) {
             int32_t a = 0, b = tile.n;
             if (tile.kind != SA_TILE_FULL) {
                 sa_query_range(q, &tile, &a, &b);

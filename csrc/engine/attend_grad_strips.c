@@ -7,6 +7,8 @@
 
 #include "engine/attend_grad_call.h"
 
+enum { QUERIES_A_TILE = 16 }; /* rows of the next block asked for with a tile */
+
 typedef struct {
     int first, rows, wide; /* query rows of the strip; columns that hold them */
     char *qt, *dot, *dq, *lse, *delta, *p, *ds, *seen;
@@ -41,20 +43,55 @@ strip_at(const sa_grad_group *gg, int x)
     };
 }
 
-/* The rows of a group as they lie, whole vectors wide; whether all of it is finite. */
-static bool
-load_group(const sa_grad_group *gg, char *rows, int64_t ld, sa_view from, int64_t dim)
+/* The rows of a group as they lie: in place where they are whole vectors of reals of one head, else
+ * copied to `copy`. */
+static sa_grad_rows_at
+load_group(const sa_grad_group *gg, char *copy, sa_view from, int64_t dim)
 {
-    const sa_tile *const t = gg->g.call->tile;
+    const sa_query *const first = gg->g.s.query, *const last = first + gg->g.n_rows - 1;
+    const int lanes = gg->g.call->tile->lanes;
     const size_t bytes = gg->g.call->real_bytes;
-    bool finite = true;
+    if (first->head == last->head && dim % lanes == 0 && sa_dtype_size(from.dtype) == bytes) {
+        return (sa_grad_rows_at){sa_view_row(from, gg->g.b, first->head, first->i), from.stride[2]};
+    }
+    const int64_t ld = (dim + lanes - 1) / lanes * lanes;
     for (int r = 0; r < gg->g.n_rows; r++) {
-        char *const to = rows + (size_t)(r * ld) * bytes;
-        const void *const row = to;
-        sa_grad_load(gg, to, ld, from, r, (int)dim);
-        finite = finite && t->finite(&row, 1, (int)dim);
+        sa_grad_load(gg, copy + (size_t)(r * ld) * bytes, ld, from, r, (int)dim);
+    }
+    return (sa_grad_rows_at){copy, ld};
+}
+
+static bool
+group_finite(const sa_grad_group *gg, sa_grad_rows_at rows, int64_t dim)
+{
+    bool finite = true;
+    for (int r = 0; r < gg->g.n_rows && rows.at != NULL; r++) {
+        const void *const row = rows.at + (size_t)(r * rows.ld) * gg->g.call->real_bytes;
+        finite = finite && gg->g.call->tile->finite(&row, 1, (int)dim);
     }
     return finite;
+}
+
+/* Looked at when a tile first hides keys from rows. */
+static bool
+rows_finite(sa_grad_group *gg)
+{
+    const sa_problem *const p = gg->g.call->p;
+    if (gg->rows_finite < 0) {
+        gg->rows_finite = group_finite(gg, gg->q, p->dim) && group_finite(gg, gg->dout, p->dim_v);
+    }
+    return gg->rows_finite != 0;
+}
+
+/* Column r of lse and delta. */
+static void
+put(void *at, bool f64, int r, double x)
+{
+    if (f64) {
+        ((double *)at)[r] = x;
+    } else {
+        ((float *)at)[r] = (float)x;
+    }
 }
 
 static void
@@ -71,8 +108,8 @@ strip_begin(const sa_grad_group *gg, strip st)
         double lse, delta;
         row[r] = sa_view_row(p->q, g->b, q->head, q->i);
         sa_grad_row(gg, st.first + r, &lse, &delta);
-        t->fill(st.lse + (size_t)r * bytes, 1, lse);
-        t->fill(st.delta + (size_t)r * bytes, 1, delta);
+        put(st.lse, bytes == 8, r, lse);
+        put(st.delta, bytes == 8, r, delta);
     }
     t->fill(st.lse + (size_t)st.rows * bytes, gg->w - st.rows, INFINITY); /* lanes without a row */
     t->fill(st.delta + (size_t)st.rows * bytes, gg->w - st.rows, 0.0);
@@ -264,62 +301,130 @@ strip_tile(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const sig
     clear_rows(gg, st, SA_MAX(s->b, SA_MIN(s->a, tile->n)), tile->n, seen);
 }
 
-/* dv += p^T dout and dk += ds^T q over the rows of strips [first, last). */
+/* dv += p^T dout and dk += ds^T q over keys [a, b) of the tile and the rows of strips
+ * [first, last). */
 static void
-add_sums(const sa_grad_group *gg, const sa_key_tile *tile, int first, int last, bool seen)
+add_sums(const sa_grad_group *gg, int a, int b, int first, int last, bool seen)
 {
     const sa_attend_grads *const grads = gg->call->grads;
     const sa_problem *const pr = gg->g.call->p;
     const size_t bytes = gg->g.call->real_bytes, row = (size_t)(first * gg->w);
-    const size_t at = (size_t)(first * gg->step) * bytes;
+    const size_t at = (size_t)(first * gg->step + (int64_t)a * gg->w) * bytes;
     sa_strip_sums sums = {
         .seen = seen ? gg->s.seen + at : NULL,
         .step = gg->step,
         .w = gg->w,
         .n_rows = SA_MIN(gg->g.n_rows, last * gg->w) - first * gg->w,
-        .n_keys = tile->n,
+        .n_keys = b - a,
     };
     if (grads->dv.data != NULL && grads->dout.data != NULL) {
         sums.p = gg->s.p + at;
-        sums.b = gg->s.dout + row * (size_t)gg->ld_v * bytes;
-        sums.ldb = gg->ld_v;
+        sums.b = gg->dout.at + row * (size_t)gg->dout.ld * bytes;
+        sums.ldb = gg->dout.ld;
         sums.dim = (int)pr->dim_v;
-        gg->g.call->tile->sums(gg->s.dv_row, &sums);
+        gg->g.call->tile->sums(gg->s.dv_row + a, &sums);
     }
     if (grads->dk.data != NULL) {
         sums.p = gg->s.ds + at;
-        sums.b = gg->s.q + row * (size_t)gg->ld_q * bytes;
-        sums.ldb = gg->ld_q;
+        sums.b = gg->q.at + row * (size_t)gg->q.ld * bytes;
+        sums.ldb = gg->q.ld;
         sums.dim = (int)pr->dim;
-        gg->g.call->tile->sums(gg->s.dk_row, &sums);
+        gg->g.call->tile->sums(gg->s.dk_row + a, &sums);
     }
 }
 
-/* One tile of keys against all strips. */
+/* The sums of a tile, cut where a strip begins or ends to see its keys: range[x] is what strip x
+ * sees, and only strips that see keys take part in their sums. */
 static void
-tile_grads(sa_grad_group *gg, const sa_key_tile *tile)
+tile_sums(const sa_grad_group *gg, int n_keys, const int (*range)[2], bool seen)
+{
+    for (int a = 0; a < n_keys;) {
+        int b = n_keys, first = gg->n_strips, last = 0;
+        for (int x = 0; x < gg->n_strips; x++) {
+            b = range[x][0] > a ? SA_MIN(b, range[x][0]) : b;
+            b = range[x][1] > a ? SA_MIN(b, range[x][1]) : b;
+            if (range[x][0] <= a && a < range[x][1]) {
+                first = SA_MIN(first, x);
+                last = x + 1;
+            }
+        }
+        if (first < last) {
+            add_sums(gg, a, b, first, last, seen);
+        }
+        a = b;
+    }
+}
+
+static void
+prefetch_row(sa_view v, int64_t b, int64_t h, int64_t row)
+{
+    if (v.data != NULL) {
+        const char *const at = sa_view_row(v, b, h, row);
+        const size_t bytes = (size_t)v.size[3] * sa_dtype_size(v.dtype);
+        for (size_t x = 0; x < bytes; x += 64) {
+            __builtin_prefetch(at + x, 0, 2);
+        }
+    }
+}
+
+/* Asks for part x of n of what the next tile reads and adds to. */
+static void
+prefetch_tile(const sa_grad_group *gg, const sa_key_tile *tile, int x, int n)
+{
+    const sa_attend_grads *const grads = gg->call->grads;
+    const sa_problem *const p = gg->g.call->p;
+    const sa_view views[] = {p->k, p->v, grads->dk, grads->dv};
+    for (int j = x * tile->n / n; j < (x + 1) * tile->n / n; j++) {
+        for (int v = 0; v < 4; v++) {
+            prefetch_row(views[v], gg->g.b, gg->g.g, tile->keys[j]);
+        }
+    }
+}
+
+/* Some rows of the next block, a few with every tile of this one. */
+static int64_t
+prefetch_next(const sa_grad_group *gg, int64_t row)
+{
+    const sa_group *const g = &gg->g;
+    const sa_attend_grads *const grads = gg->call->grads;
+    const sa_view views[] = {g->call->p->q, grads->dout, grads->dq};
+    const int64_t end = SA_MIN(row + QUERIES_A_TILE, g->next_end);
+    for (; row < end; row++) {
+        for (int64_t h = g->head; h < g->head + g->n_heads; h++) {
+            for (int v = 0; v < 3; v++) {
+                prefetch_row(views[v], g->b, h, row);
+            }
+        }
+    }
+    return row;
+}
+
+/* One tile of keys against all strips; asks for the next one meanwhile. */
+static void
+tile_grads(sa_grad_group *gg, const sa_key_tile *tile, const sa_key_tile *next)
 {
     const sa_tile *const t = gg->g.call->tile;
     const bool hides = tile->kind != SA_TILE_FULL || gg->g.terms;
     const bool k_finite = !hides || t->finite(tile->k_row, tile->n, (int)gg->g.call->p->dim);
-    const bool seen = hides && (!k_finite || !gg->rows_finite);
-    int first = gg->n_strips, last = 0;
+    const bool seen = hides && (!rows_finite(gg) || !k_finite);
+    int range[SA_GROUP_STRIPS][2];
     for (int x = 0; x < gg->n_strips; x++) {
         const strip st = strip_at(gg, x);
         const sight s = look(gg, st, tile);
+        if (next != NULL) {
+            prefetch_tile(gg, next, x, gg->n_strips);
+        }
         strip_tile(gg, st, tile, &s, seen, k_finite);
         if (gg->bias_sums != NULL && s.a < s.b) {
             gg->strip = x;
             gg->bias_sums(gg, -1, tile, s.a, s.b - s.a);
         }
-        if (s.a < s.b) {
-            first = SA_MIN(first, x);
-            last = x + 1;
-        }
+        range[x][0] = s.a;
+        range[x][1] = SA_MAX(s.a, s.b);
     }
-    if (first < last && gg->sums) {
+    if (gg->sums) {
         sa_grad_key_rows(gg, tile);
-        add_sums(gg, tile, first, last, seen && !gg->rows_finite);
+        tile_sums(gg, tile->n, range, seen && !rows_finite(gg));
     }
 }
 
@@ -328,20 +433,18 @@ begin(sa_grad_group *gg)
 {
     const sa_attend_grads *const grads = gg->call->grads;
     const sa_problem *const p = gg->g.call->p;
-    const int lanes = gg->g.call->tile->lanes;
     gg->w = sa_strip_width(gg->g.call->tile, gg->g.n_rows);
     gg->n_strips = (gg->g.n_rows + gg->w - 1) / gg->w;
     gg->step = (int64_t)(SA_TILE_KEYS + SA_TILE_STEP) * gg->w;
-    gg->ld_q = (p->dim + lanes - 1) / lanes * lanes;
-    gg->ld_v = (p->dim_v + lanes - 1) / lanes * lanes;
     gg->plain = !gg->g.terms && !gg->g.masked && p->softcap == 0 && p->dropout_p == 0 &&
                 grads->dout.data != NULL;
-    gg->rows_finite = true;
+    gg->rows_finite = -1;
+    gg->q = gg->dout = (sa_grad_rows_at){NULL, 0};
     if (grads->dk.data != NULL) {
-        gg->rows_finite = load_group(gg, gg->s.q, gg->ld_q, p->q, p->dim);
+        gg->q = load_group(gg, gg->s.q, p->q, p->dim);
     }
     if (grads->dv.data != NULL && grads->dout.data != NULL) {
-        gg->rows_finite &= load_group(gg, gg->s.dout, gg->ld_v, grads->dout, p->dim_v);
+        gg->dout = load_group(gg, gg->s.dout, grads->dout, p->dim_v);
     }
     for (int x = 0; x < gg->n_strips; x++) {
         strip_begin(gg, strip_at(gg, x));
@@ -355,11 +458,24 @@ sa_grad_strips(sa_grad_group *gg)
     const bool k_here = sa_rows_in_place(&g->call->p->k, g->call->p->dim, g->call->real_bytes);
     const bool v_here = sa_rows_in_place(&g->call->p->v, g->call->p->dim_v, g->call->real_bytes);
     sa_cursor cursor = sa_cursor_start(g);
-    sa_key_tile tile;
+    sa_key_tile tiles[2], *tile = &tiles[0], *next = &tiles[1];
+    bool more = sa_cursor_next(&cursor, tile);
+    int64_t ahead = g->next_begin;
+    if (!more && (gg->call->round > 0 || gg->call->grads->dq.data == NULL)) {
+        return;
+    }
+    if (more) {
+        prefetch_tile(gg, tile, 0, 1);
+    }
     begin(gg);
-    while (!sa_stop_asked(g->ctx, g->worker) && sa_cursor_next(&cursor, &tile)) {
-        sa_tile_rows(g, &tile, k_here, v_here);
-        tile_grads(gg, &tile);
+    while (more && !sa_stop_asked(g->ctx, g->worker)) {
+        more = sa_cursor_next(&cursor, next);
+        ahead = prefetch_next(gg, ahead);
+        sa_tile_rows(g, tile, k_here, v_here);
+        tile_grads(gg, tile, more ? next : NULL);
+        sa_key_tile *const done = tile;
+        tile = next;
+        next = done;
     }
     for (int x = 0; x < gg->n_strips && gg->call->grads->dq.data != NULL; x++) {
         strip_end(gg, strip_at(gg, x));

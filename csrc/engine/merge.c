@@ -117,3 +117,74 @@ sa_merge(sa_ctx *ctx, sa_view out, sa_view lse, const sa_view *outs, const sa_vi
     const int64_t rows = out.size[0] * out.size[1] * out.size[2];
     return sa_parallel(ctx, (rows + MERGE_ROWS - 1) / MERGE_ROWS, merge_task, &m);
 }
+
+typedef struct {
+    sa_view dout_a, dlse_a; /* written */
+    sa_view dout, dlse;     /* data NULL: zeros */
+    sa_view out, lse, out_a, lse_a;
+} merge_grad_call;
+
+static double
+load_or_zero(sa_view view, int64_t b, int64_t h, int64_t i, int64_t at)
+{
+    return view.data == NULL ? 0 : load(sa_view_row(view, b, h, i), view.dtype, at);
+}
+
+/* A part that saw nothing is passed over here too: whatever its out holds, its gradients are 0. */
+static void
+merge_grad_row(const merge_grad_call *m, int64_t b, int64_t h, int64_t i)
+{
+    const double total = load(sa_view_row(m->lse, b, h, i), m->lse.dtype, 0);
+    const double part = load(sa_view_row(m->lse_a, b, h, i), m->lse_a.dtype, 0);
+    const bool seen = part != -INFINITY;
+    const double weight = seen ? exp(part - total) : 0;
+    const void *const out = sa_view_row(m->out, b, h, i);
+    const void *const out_a = sa_view_row(m->out_a, b, h, i);
+    void *const dout_a = sa_view_row(m->dout_a, b, h, i);
+    double dot = 0;
+    for (int64_t c = 0; c < m->out.size[3]; c++) {
+        const double dout = seen ? load_or_zero(m->dout, b, h, i, c) : 0;
+        /* fwd: out += weight * out_a */
+        store(dout_a, m->dout_a.dtype, c, weight * dout);
+        /* fwd: weight = exp(part - total), total = log sum exp part */
+        if (seen && m->dout.data != NULL) {
+            dot += dout * (load(out_a, m->out_a.dtype, c) - load(out, m->out.dtype, c));
+        }
+    }
+    const double dlse = seen ? load_or_zero(m->dlse, b, h, i, 0) : 0;
+    store(sa_view_row(m->dlse_a, b, h, i), m->dlse_a.dtype, 0, weight * (dot + dlse));
+}
+
+static sa_status
+merge_grad_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
+{
+    const merge_grad_call *const m = arg;
+    const int64_t heads = m->out.size[1], n_q = m->out.size[2], rows = m->out.size[0] * heads * n_q;
+    (void)ctx;
+    (void)worker;
+    for (int64_t row = task * MERGE_ROWS; row < SA_MIN((task + 1) * MERGE_ROWS, rows); row++) {
+        merge_grad_row(m, row / (n_q * heads), row / n_q % heads, row % n_q);
+    }
+    return SA_OK;
+}
+
+sa_status
+sa_merge_grad(sa_ctx *ctx, sa_view dout_a, sa_view dlse_a, sa_view dout, sa_view dlse, sa_view out,
+              sa_view lse, sa_view out_a, sa_view lse_a)
+{
+    merge_grad_call m = {dout_a, dlse_a, dout, dlse, out, lse, out_a, lse_a};
+    const sa_view *const views[] = {&m.dout_a, &m.dlse_a, &m.dout,  &m.dlse,
+                                    &m.out,    &m.lse,    &m.out_a, &m.lse_a};
+    for (int x = 0; x < 8; x++) {
+        for (int axis = 0; axis < 4; axis++) {
+            const int64_t want = axis == 3 && x % 2 == 1 ? 1 : out.size[axis];
+            if (views[x]->data != NULL && views[x]->size[axis] != want) {
+                return sa_fail(ctx, SA_EINVAL,
+                               "merge: arrays of different shapes; give gradients and parts in the "
+                               "shapes of out and lse");
+            }
+        }
+    }
+    const int64_t rows = out.size[0] * out.size[1] * out.size[2];
+    return sa_parallel(ctx, (rows + MERGE_ROWS - 1) / MERGE_ROWS, merge_grad_task, &m);
+}

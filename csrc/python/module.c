@@ -244,6 +244,8 @@ module_exec(PyObject *module)
         PyModule_AddFunctions(module, py_runtime_methods) < 0 ||
         PyModule_AddFunctions(module, py_bench_methods) < 0 ||
         PyModule_AddFunctions(module, py_grad_methods) < 0 ||
+        PyModule_AddFunctions(module, py_merge_methods) < 0 ||
+        PyModule_AddFunctions(module, py_weight_methods) < 0 ||
         PyModule_AddFunctions(module, sa_ops_methods) < 0 ||
         PyModule_AddStringConstant(module, "__version__", SA_VERSION) < 0) {
         return -1;

@@ -61,6 +61,8 @@ extern PyMethodDef py_plan_methods[];    /* plans.c: build, combine, describe   
 extern PyMethodDef py_runtime_methods[]; /* runtime.c: threads, ISA, memory         */
 extern PyMethodDef py_bench_methods[];   /* bench.c: what the benchmarks call       */
 extern PyMethodDef py_grad_methods[];    /* grads.c: gradients of attention          */
+extern PyMethodDef py_merge_methods[];   /* merges.c: the gradient of merge         */
+extern PyMethodDef py_weight_methods[];  /* weights.c: mass and largest weights     */
 extern PyMethodDef sa_ops_methods[];     /* ops.c: operators of models              */
 extern PyType_Spec py_plan_spec;         /* plan_type.c                             */
 

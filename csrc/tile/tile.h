@@ -19,6 +19,7 @@
 #define SA_STRIP_MAX 64 /* no table has a wider strip                                  */
 #define SA_STALE 20.0   /* nats by which scores may exceed a running maximum           */
 
+#define SA_PEAK_KEYS 16 /* keys of a group whose largest score is taken               */
 #define SA_TILE_STEP 12 /* scores rows are written in groups of up to this many        */
 
 /* Row r sees key j of a tile when lo[r] <= first + j < hi[r]. */
@@ -133,6 +134,12 @@ typedef struct sa_tile {
 
     /* Multiply-adds of a register-only loop: flops done. For the benchmark's FMA peak. */
     double (*fma_peak)(int64_t rounds);
+
+    /* What keys receive (tile_received.h). sum[j * lanes + ..] += weights of key j, one sum a lane:
+     * s[j * w + r], or with lse exp(s - lse[r]). */
+    void (*received)(void *sum, const void *s, int w, int wide, int n_keys, const void *lse);
+    /* peak[g * w + r] = largest of s[j * w + r] over keys j of group g, SA_PEAK_KEYS to each. */
+    void (*peaks)(void *peak, const void *s, int w, int wide, int n_keys);
 } sa_tile;
 
 /* Table of the instruction set in force (sa_isa_now()); f64 selects double. */

@@ -26,6 +26,7 @@
 #include "tile/tile_scores.h"
 #include "tile/tile_values.h"
 #include "tile/tile_grad.h"
+#include "tile/tile_received.h"
 #include "tile/tile_row.h"
 #include "tile/tile_product.h"
 #include "tile/tile_select.h"
@@ -70,4 +71,6 @@ const sa_tile SA_NAME(sa_tile) = {
     .weights_grad = weights_grad,
     .sums = sums,
     .fma_peak = fma_peak,
+    .received = received,
+    .peaks = peaks,
 };

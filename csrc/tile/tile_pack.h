@@ -34,32 +34,66 @@ store_one(void *dst, sa_dtype dtype, int64_t at, real x)
     }
 }
 
+/* Whether vectors of the type are read and written whole. */
 SA_INLINE bool
-is_real(sa_dtype dtype)
+in_vectors(const sa_dtype dtype)
 {
-    return dtype == (SA_IS_F64 ? SA_F64 : SA_F32);
+    return SA_IS_F64 ? dtype == SA_F64 : dtype != SA_F64;
 }
 
-/* One row of dim reals times scale, from any storage type. */
+SA_INLINE vreal
+load_vector(const void *src, const sa_dtype dtype, int64_t at)
+{
+#if !defined(SA_REAL_IS_DOUBLE)
+    if (dtype != SA_F32) {
+        return vload_half((const uint16_t *)src + at, dtype);
+    }
+#endif
+    (void)dtype;
+    return vload((const real *)src + at);
+}
+
+SA_INLINE void
+store_vector(void *dst, const sa_dtype dtype, int64_t at, vreal x)
+{
+#if !defined(SA_REAL_IS_DOUBLE)
+    if (dtype != SA_F32) {
+        vstore_half((uint16_t *)dst + at, dtype, x);
+        return;
+    }
+#endif
+    (void)dtype;
+    vstore((real *)dst + at, x);
+}
+
+/* One row of dim reals times scale; here and below dtype is a constant to the compiler. */
+SA_INLINE void
+load_row_as(const sa_dtype dtype, real *dst, const void *src, int dim, real scale)
+{
+    int c = 0;
+    for (; in_vectors(dtype) && c + LANES <= dim; c += LANES) {
+        vstore(dst + c, load_vector(src, dtype, c) * vset(scale));
+    }
+    for (; c < dim; c++) {
+        dst[c] = load_one(src, dtype, c) * scale;
+    }
+}
+
 static void
 load_row(real *dst, const void *src, sa_dtype dtype, int dim, real scale)
 {
-    int c = 0;
-    if (is_real(dtype)) {
-        for (; c + LANES <= dim; c += LANES) {
-            vstore(dst + c, vload((const real *)src + c) * vset(scale));
-        }
-    }
-#if defined(SA_HAVE_AVX2) && !defined(SA_REAL_IS_DOUBLE)
-    if (dtype == SA_F16) {
-        for (; c + 8 <= dim; c += 8) {
-            const __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)src + c));
-            _mm256_storeu_ps(dst + c, _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(scale)));
-        }
-    }
-#endif
-    for (; c < dim; c++) {
-        dst[c] = load_one(src, dtype, c) * scale;
+    switch (dtype) {
+    case SA_F64:
+        load_row_as(SA_F64, dst, src, dim, scale);
+        break;
+    case SA_F16:
+        load_row_as(SA_F16, dst, src, dim, scale);
+        break;
+    case SA_BF16:
+        load_row_as(SA_BF16, dst, src, dim, scale);
+        break;
+    default:
+        load_row_as(SA_F32, dst, src, dim, scale);
     }
 }
 
@@ -73,21 +107,19 @@ load_rows(void *rows, int64_t ld, const void *src, sa_dtype dtype, int64_t row_s
     }
 }
 
-static void
-load_cols(void *cols, int w, const void *const *src_row, sa_dtype dtype, int n_rows, int dim,
-          double scale)
+SA_INLINE void
+load_cols_as(const sa_dtype dtype, real *dst, int w, const void *const *src_row, int n_rows,
+             int dim, real scale)
 {
-    real *const dst = cols;
-    const bool direct = is_real(dtype);
-    const vreal factor = vset((real)scale);
+    const vreal factor = vset(scale);
     for (int r0 = 0; r0 < w; r0 += LANES) {
         const int rows = SA_MIN(n_rows - r0, LANES);
         int c = 0;
-        for (; direct && c + LANES <= dim; c += LANES) {
+        for (; in_vectors(dtype) && c + LANES <= dim; c += LANES) {
             vreal block[LANES];
 #pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) {
-                block[r] = r < rows ? vload((const real *)src_row[r0 + r] + c) * factor : vset(0);
+                block[r] = r < rows ? load_vector(src_row[r0 + r], dtype, c) * factor : vset(0);
             }
             vtranspose(block);
 #pragma GCC unroll 16
@@ -98,25 +130,42 @@ load_cols(void *cols, int w, const void *const *src_row, sa_dtype dtype, int n_r
         for (; c < dim; c++) {
             for (int r = 0; r < LANES; r++) {
                 dst[(int64_t)c * w + r0 + r] =
-                    r < rows ? load_one(src_row[r0 + r], dtype, c) * (real)scale : 0;
+                    r < rows ? load_one(src_row[r0 + r], dtype, c) * scale : 0;
             }
         }
     }
 }
 
+static void
+load_cols(void *cols, int w, const void *const *src_row, sa_dtype dtype, int n_rows, int dim,
+          double scale)
+{
+    switch (dtype) {
+    case SA_F64:
+        load_cols_as(SA_F64, cols, w, src_row, n_rows, dim, (real)scale);
+        break;
+    case SA_F16:
+        load_cols_as(SA_F16, cols, w, src_row, n_rows, dim, (real)scale);
+        break;
+    case SA_BF16:
+        load_cols_as(SA_BF16, cols, w, src_row, n_rows, dim, (real)scale);
+        break;
+    default:
+        load_cols_as(SA_F32, cols, w, src_row, n_rows, dim, (real)scale);
+    }
+}
+
 /* A sum that underflowed may be -0 or 0, as terms of weight 0 were added to it or passed over: + 0
  * writes 0 for both, so that keys a row does not see change no bit. */
-static void
-store_cols(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_rows, int dim,
-           const void *factor)
+SA_INLINE void
+store_cols_as(const sa_dtype dtype, void *const *dst_row, const real *src, int w, int n_rows,
+              int dim, const real *factor)
 {
-    const real *const src = cols;
-    const bool direct = is_real(dtype);
     for (int r0 = 0; r0 < n_rows; r0 += LANES) {
         const int rows = SA_MIN(n_rows - r0, LANES);
-        const vreal times = vload((const real *)factor + r0);
+        const vreal times = vload(factor + r0);
         int c = 0;
-        for (; direct && c + LANES <= dim; c += LANES) {
+        for (; in_vectors(dtype) && c + LANES <= dim; c += LANES) {
             vreal block[LANES];
 #pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) {
@@ -126,13 +175,13 @@ store_cols(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_
 #pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) {
                 if (r < rows) {
-                    vstore((real *)dst_row[r0 + r] + c, block[r]);
+                    store_vector(dst_row[r0 + r], dtype, c, block[r]);
                 }
             }
         }
         for (; c < dim; c++) {
             for (int r = 0; r < rows; r++) {
-                const real x = src[(int64_t)c * w + r0 + r] * ((const real *)factor)[r0 + r];
+                const real x = src[(int64_t)c * w + r0 + r] * factor[r0 + r];
                 store_one(dst_row[r0 + r], dtype, c, x + 0);
             }
         }
@@ -140,11 +189,52 @@ store_cols(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_
 }
 
 static void
+store_cols(void *const *dst_row, sa_dtype dtype, const void *cols, int w, int n_rows, int dim,
+           const void *factor)
+{
+    switch (dtype) {
+    case SA_F64:
+        store_cols_as(SA_F64, dst_row, cols, w, n_rows, dim, factor);
+        break;
+    case SA_F16:
+        store_cols_as(SA_F16, dst_row, cols, w, n_rows, dim, factor);
+        break;
+    case SA_BF16:
+        store_cols_as(SA_BF16, dst_row, cols, w, n_rows, dim, factor);
+        break;
+    default:
+        store_cols_as(SA_F32, dst_row, cols, w, n_rows, dim, factor);
+    }
+}
+
+SA_INLINE void
+store_row_as(const sa_dtype dtype, void *dst, const real *src, int dim, real factor)
+{
+    int c = 0;
+    for (; in_vectors(dtype) && c + LANES <= dim; c += LANES) {
+        store_vector(dst, dtype, c, vload(src + c) * vset(factor) + vset(0));
+    }
+    for (; c < dim; c++) {
+        store_one(dst, dtype, c, src[c] * factor + 0);
+    }
+}
+
+static void
 store_row(void *dst, sa_dtype dtype, const void *src, int dim, const void *factor)
 {
-    const real *const from = src;
-    for (int c = 0; c < dim; c++) {
-        store_one(dst, dtype, c, from[c] * *(const real *)factor + 0);
+    const real times = *(const real *)factor;
+    switch (dtype) {
+    case SA_F64:
+        store_row_as(SA_F64, dst, src, dim, times);
+        break;
+    case SA_F16:
+        store_row_as(SA_F16, dst, src, dim, times);
+        break;
+    case SA_BF16:
+        store_row_as(SA_BF16, dst, src, dim, times);
+        break;
+    default:
+        store_row_as(SA_F32, dst, src, dim, times);
     }
 }
 

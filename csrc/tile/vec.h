@@ -47,6 +47,56 @@ vset_int(sint x)
     return x - (vint){0};
 }
 
+#if !defined(SA_REAL_IS_DOUBLE)
+typedef uint32_t vbits __attribute__((vector_size(SA_VBYTES)));
+typedef uint16_t vhalf __attribute__((vector_size(SA_VBYTES / 2)));
+typedef uint16_t vhalf_u
+    __attribute__((vector_size(SA_VBYTES / 2), aligned(sizeof(uint16_t)), may_alias));
+
+/* LANES numbers of float16 or bfloat16, exactly; a NaN may still be a signalling one, which any
+ * arithmetic on it makes quiet. */
+SA_INLINE vreal
+vload_half(const uint16_t *p, const sa_dtype dtype)
+{
+    if (dtype == SA_BF16) {
+        return (vreal)(__builtin_convertvector(*(const vhalf_u *)p, vbits) << 16);
+    }
+#if defined(SA_HAVE_AVX512)
+    return (vreal)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(SA_HAVE_AVX2)
+    return (vreal)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    real lane[LANES];
+    for (int i = 0; i < LANES; i++) {
+        lane[i] = sa_f16_to_f32(p[i]);
+    }
+    return vload(lane);
+#endif
+}
+
+/* The bits that sa_f32_to_f16 and sa_f32_to_bf16 give. */
+SA_INLINE void
+vstore_half(uint16_t *p, const sa_dtype dtype, vreal a)
+{
+    if (dtype == SA_BF16) {
+        const vbits bits = (vbits)a, nan = (vbits)(a != a);
+        const vbits nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        *(vhalf_u *)p =
+            __builtin_convertvector((nan & (bits >> 16 | 0x40)) | (~nan & nearest), vhalf);
+        return;
+    }
+#if defined(SA_HAVE_AVX512)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(SA_HAVE_AVX2)
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < LANES; i++) {
+        p[i] = sa_f32_to_f16(a[i]);
+    }
+#endif
+}
+#endif
+
 /* mask ? a : b, mask lanes all ones or all zeros */
 SA_INLINE vreal
 vselect(vint mask, vreal a, vreal b)

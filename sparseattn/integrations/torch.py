@@ -55,9 +55,9 @@ def from_numpy(array: NDArray[Any]) -> torch.Tensor:
 
 
 def draw_seed() -> int:
-    """63 random bits of PyTorch's own generator, so that ``torch.manual_seed`` says which, and a
-    checkpoint that runs its forward again draws the same."""
-    return int(torch.randint(1 << 62, (), dtype=torch.int64))
+    """Of PyTorch's own generator: ``torch.manual_seed`` says which, and a checkpoint that runs its
+    forward again draws the same."""
+    return int(torch.randint((1 << 63) - 1, (), dtype=torch.int64))
 
 
 Tensors: TypeAlias = tuple[torch.Tensor | None, ...]
@@ -65,7 +65,7 @@ Tensors: TypeAlias = tuple[torch.Tensor | None, ...]
 Pullback: TypeAlias = Callable[[Tensors, Tensors, Tensors, tuple[bool, ...]], Tensors]
 
 
-class Node(torch.autograd.Function):
+class Node(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
     """A function of tensors whose gradient is a pullback.
 
     Inputs and outputs are kept as PyTorch keeps them: changes in place are noticed, memory is freed
@@ -83,7 +83,7 @@ class Node(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         saved, n = ctx.saved_tensors, ctx.n_inputs
         return None, *ctx.pullback(saved[:n], saved[n:], grads, ctx.needs_input_grad[1:])
@@ -92,5 +92,5 @@ class Node(torch.autograd.Function):
 def record(run: Callable[[], tuple[Tensors, Pullback]], *inputs: Any) -> Tensors:
     """The outputs of ``run`` as functions of ``inputs``: what is no tensor gets no gradient."""
     tensors = [x if isinstance(x, torch.Tensor) else None for x in inputs]
-    outputs: Tensors = Node.apply(run, *tensors)  # type: ignore[no-untyped-call]
+    outputs: Tensors = Node.apply(run, *tensors)  # type: ignore[no-untyped-call, unused-ignore]
     return outputs

@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # importing numpy.typing takes longer than all of this packag
 
 MAX_DEPTH = 16  # of brackets in a spec's text, so that hostile text meets a sentence
 PAST = "past"  # the number among params that says how many rows came before the first of this call
+SEEDS = 1 << 63  # one more than the largest seed of dropout
+HEAD_STEP = 0x9E3779B97F4A7C15 // 2  # large: heads of neighbouring seeds do not meet
 
 
 class Problem(NamedTuple):
@@ -47,14 +49,22 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
     seed: int = 0  # of the dropout
     sink: Array | None = None  # (heads,) in the type of q: score of one more key, of value 0
-    cu_seqlens: tuple[Array, Array] | None = None  # packed: offsets of queries and of keys, (n + 1,)
+    cu_seqlens: tuple[Array, Array] | None = None  # offsets of packed queries and keys, (n + 1,)
 
     def of_heads(self, begin: int, end: int) -> Problem:
         """The same call for query heads [begin, end)."""
         mask = None if self.mask is None else self.mask[:, begin:end]
         bias = None if self.bias is None else self.bias[:, begin:end]
         sink = None if self.sink is None else self.sink[begin:end]
-        return self._replace(mask=mask, bias=bias, sink=sink)
+        seed = (self.seed + begin * HEAD_STEP) % SEEDS  # the core counts these heads from 0
+        return self._replace(mask=mask, bias=bias, sink=sink, seed=seed)
+
+    def of_block(self, rows: slice, keys: slice) -> Problem:
+        """The same call for some query rows and some keys."""
+        mask = None if self.mask is None else self.mask[:, :, rows, keys]
+        bias = None if self.bias is None else self.bias[:, :, rows, keys]
+        key_mask = None if self.key_mask is None else self.key_mask[:, keys]
+        return self._replace(mask=mask, bias=bias, key_mask=key_mask)
 
 
 class Piece(NamedTuple):

@@ -74,6 +74,8 @@ class BlockMask(Variant):
     def of_rows(self, layout: Array, past: int, n_q: int, n_k: int) -> tuple[BlockMask, Array]:
         """The same blocks for rows ``past`` and on alone, of a layout that may reach further."""
         rows, columns = -(-(past + n_q) // self.block), -(-n_k // self.block)
+        if past < 0:
+            raise ArgumentError(f"q has {n_q} rows and there are {n_k} tokens: give no more rows")
         if layout.ndim < 2 or layout.shape[-2] < rows or layout.shape[-1] < columns:
             raise ArgumentError(
                 f"layout must reach rows {past} to {past + n_q} and {n_k} keys in blocks of "

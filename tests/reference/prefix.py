@@ -13,7 +13,5 @@ def pattern(n_q: int, n_k: int, n: int) -> np.ndarray:
     return (j < n) | (j <= i + n_k - n_q)
 
 
-def check(
-    kept: np.ndarray, visible: np.ndarray, scores: np.ndarray, *, n: int, **_: Any
-) -> None:
+def check(kept: np.ndarray, visible: np.ndarray, scores: np.ndarray, *, n: int, **_: Any) -> None:
     np.testing.assert_array_equal(kept, visible & pattern(*visible.shape[-2:], n))
