@@ -17,11 +17,13 @@ class Case:
     shape: tuple[int, int, int, int, int, int] = (1, 12, 12, 4096, 4096, 64)
     causal: bool = True
     params: dict[str, Any] = field(default_factory=dict)
+    sequences: int = 1  # of one length, packed
 
 
 CASES = (
     Case("dense", sa.Dense()),
     Case("dense-full", sa.Dense(), causal=False),
+    Case("dense-packed", sa.Dense(), sequences=8),
     Case("dense-gqa", sa.Dense(), shape=(1, 12, 3, 4096, 4096, 64)),
     Case("window-256", sa.Window(256)),
     Case("window-1024", sa.Window(1024)),

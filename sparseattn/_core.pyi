@@ -108,6 +108,27 @@ def attend_grad(
     /,
 ) -> None: ...
 def attend_delta(out: _Array, dout: _Array, dlse: _Array | None, delta: _Array, /) -> None: ...
+def attend_mass(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    parts: _Parts,
+    problem: _Problem,
+    lse: _Array,
+    mass: _Array,
+    /,
+) -> None: ...
+def attend_topn(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    parts: _Parts,
+    problem: _Problem,
+    lse: _Array,
+    values: _Array,
+    indices: NDArray[np.int64],
+    /,
+) -> None: ...
 def merge(
     outs: tuple[_Array, ...], lses: tuple[_Array, ...], out: _Array, lse: _Array | None, /
 ) -> None: ...
@@ -158,6 +179,14 @@ def add(x: _Array, z: _Array, out: _Array, /) -> None: ...
 def nll(
     logits: _Array, target: NDArray[np.int32], /
 ) -> tuple[NDArray[np.float64], NDArray[np.int32]]: ...
+def sample(
+    logits: NDArray[np.float32],
+    u: NDArray[np.float64],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    /,
+) -> NDArray[np.int32]: ...
 def kl(base: _Array, other: _Array, /) -> NDArray[np.float64]: ...
 def widen(
     src: NDArray[np.uint16], kind: Literal["f16", "bf16"], out: NDArray[np.float32], /

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparseattn import _core
-from sparseattn.errors import ArgumentError, NotSupported
+from sparseattn.errors import ArgumentError
 from sparseattn.half import is_half, real_type, store, widen
 from sparseattn.inputs import (
     SINK,
@@ -25,7 +25,7 @@ from sparseattn.inputs import (
 from sparseattn.packed import build, read_cu_seqlens
 from sparseattn.plan import Plan, plan, refuse_keywords
 from sparseattn.variants.base import Piece, Problem, Variant, parse
-from sparseattn.weights import Weights, dense_weights
+from sparseattn.weights import make_weights, read_wanted
 
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array, Params
@@ -36,7 +36,6 @@ KEYWORDS = (
     *("params", "causal", "scale", "mask", "key_mask", "bias", "softcap", "dropout_p", "seed"),
     *("cu_seqlens", "cache", "return_lse", "return_weights", "out"),
 )
-DENSE_WEIGHTS = 1 << 22  # weights up to here come as an array
 
 
 class OutLse(NamedTuple):
@@ -190,7 +189,7 @@ def attention(
     cu_seqlens: Any = None,
     cache: Any = None,
     return_lse: bool = False,
-    return_weights: bool = False,
+    return_weights: bool | str = False,
     out: Any = None,
     **wrong: Any,
 ) -> Any:
@@ -235,9 +234,15 @@ def attention(
         Keys and values of the tokens so far: ``k`` and ``v`` are appended, then ``q`` attends to
         all of them. ``mask`` and ``bias`` have a column for each of these, ``key_mask`` for each or
         for the new ones. Without gradients, dropout, ``cu_seqlens`` and weights.
-    return_lse, return_weights : bool
-        Add the log-sum-exp of each row in natural units, (..., heads, n_q); add the weights before
-        dropout: an array (..., heads, n_q, n_k) of up to 2**22 entries, a ``Weights`` beyond.
+    return_lse : bool
+        Add the log-sum-exp of each row in natural units, (..., heads, n_q).
+    return_weights : bool or str
+        Add the weights before dropout. True: an array (..., heads, n_q, n_k) of up to 2**22
+        entries, a ``Weights`` beyond. ``"topn:16"``: the 16 largest of each row as ``TopWeights``,
+        ``values`` and int64 ``indices`` of shape (..., heads, n_q, 16), downwards, equal ones by
+        key upwards; past the keys that a row keeps, weight 0 and index -1. ``"mass"``: what each
+        key received over all rows, (..., heads, n_k). Neither ever holds n_q x n_k numbers; both
+        are float64 for float64 inputs, else float32.
     out : array
         Where to put the output; must not overlap an input.
 
@@ -262,6 +267,7 @@ def attention(
     (1, 8, 100, 64)
     """
     refuse_keywords("attention", wrong, KEYWORDS)
+    wanted = read_wanted(return_weights)
     if cache is not None:
         from sparseattn.decode import attend_cached  # which stands on this module
 
@@ -280,8 +286,6 @@ def attention(
             return_weights=return_weights,
             out=out,
         )
-    if isinstance(return_weights, str):
-        raise NotSupported(f"return_weights={return_weights!r} comes in a later version: pass True")
     call = read_call(
         *(q, k, v, spec),
         params=params,
@@ -296,7 +300,7 @@ def attention(
         cu_seqlens=cu_seqlens,
     )
     ops = call.ops
-    want_lse = bool(return_lse or return_weights)
+    want_lse = bool(return_lse or wanted.kind)
     given = {"q": q, "k": k, "v": v, "bias": bias, SINK: sink_of(params)}
     if needs_grad(*given.values()):
         from sparseattn.gradients import run_recorded  # which stands on this module
@@ -309,9 +313,9 @@ def attention(
         rows, made, problem = run(*call, target, want_lse)
         result = target.finish(ops)
         lse = ops.give(rows) if return_lse else None
-    if not return_weights:
+    if not wanted.kind:
         return OutLse(result, lse) if return_lse else result
-    weights = make_weights(ops, rows, problem, made)
+    weights = make_weights(wanted, ops, rows, problem, made)
     return OutLseWeights(result, lse, weights) if return_lse else OutWeights(result, weights)
 
 
@@ -389,14 +393,6 @@ def refuse_with_plan(made: Plan, call: dict[str, Any], params: Any) -> None:
             raise ArgumentError(
                 f"{name} is part of a plan: give it to sa.plan(..., {name}=...), not to attention()"
             )
-
-
-def make_weights(ops: Operands, lse: Array, problem: Problem, made: Plan) -> Any:
-    batch, heads, n_q, n_k = ops.score_shape
-    if batch * heads * n_q * n_k > DENSE_WEIGHTS:
-        return Weights(ops.q, ops.k, lse, problem, made, ops.lead)
-    mask = made.to_mask().reshape(ops.score_shape)
-    return ops.give(dense_weights(ops.q, ops.k, lse, problem, mask), stored=True)
 
 
 def attend_with_plan(

@@ -16,7 +16,7 @@ import numpy as np
 from sparseattn import kept
 from sparseattn.errors import ArgumentError, CacheInUse, DtypeError, NotSupported
 from sparseattn.half import HALF, REAL, real_type
-from sparseattn.inputs import collapse, is_torch, read_alike, read_bool, to_array
+from sparseattn.inputs import collapse, needs_grad, read_alike, read_bool, to_array
 from sparseattn.kept import Held, Policy, Staged
 from sparseattn.plan import Plan
 from sparseattn.variants.base import Variant, coerce, parse
@@ -147,7 +147,11 @@ class Cache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "alone"}
+        """For copies and pickles: free rows, which two caches must not share, are left out."""
+        with self.alone:
+            state = {**self.__dict__, "_held": kept.copied(self._held)}
+        del state["alone"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, alone=Alone())
@@ -472,12 +476,9 @@ def read_dtype(dtype: Any) -> str:
 
 
 def refuse_gradients(**given: Any) -> None:
-    for name, x in given.items():
-        if is_torch(x) and x.requires_grad:
-            import torch
-
-            if torch.is_grad_enabled():
-                raise NotSupported(
-                    f"{name} requires grad, and no gradient goes through a cache: call under "
-                    "torch.no_grad(), or pass all keys and values so far as k and v"
-                )
+    if needs_grad(*given.values()):
+        name = next(name for name, x in given.items() if needs_grad(x))
+        raise NotSupported(
+            f"{name} requires grad, and no gradient goes through a cache: call under "
+            "torch.no_grad(), or pass all keys and values so far as k and v"
+        )

@@ -1,4 +1,4 @@
-"""The command line: ``sparseattn compare | eval | info | version``.
+"""The command line: ``sparseattn compare | eval | generate | info | version``.
 
 Exit codes: 0 done, 2 wrong input (one sentence), 130 interrupted (what is finished is kept).
 """
@@ -27,6 +27,14 @@ examples:
 Run the same command again to go on after an interrupt (with --save), or to see the table.
 """
 EVAL_EXAMPLE = "example:\n  sparseattn eval --attention window:64 --tokens 3000"
+GENERATE_EXAMPLE = """\
+examples:
+  sparseattn generate "The list of" --max-new-tokens 60
+  sparseattn generate "Once upon a time" --model FOLDER --temperature 0.8 --top-p 0.95 --seed 1 \\
+      --attention window:64
+
+Prints what follows the prompt, as it is decoded; - reads the prompt from standard input.
+"""
 INFO_EXAMPLE = "example:\n  sparseattn info --threads 2"
 VERSION_EXAMPLE = "example:\n  sparseattn version --json"
 
@@ -65,6 +73,13 @@ def make_parser() -> argparse.ArgumentParser:
             run_compare,
         ),
         ("eval", "perplexity of a checkpoint under one variant", EVAL_EXAMPLE, add_eval, run_eval),
+        (
+            "generate",
+            "continue a prompt with a checkpoint under one variant",
+            GENERATE_EXAMPLE,
+            add_generate,
+            run_generate,
+        ),
         ("info", "what runs here: versions, threads, BLAS, variants", INFO_EXAMPLE, None, run_info),
         ("version", "the version", VERSION_EXAMPLE, None, run_version),
     ):
@@ -76,7 +91,6 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if add is not None:
-            add_model_options(verb)
             add(verb)
         add_common(verb)
         verb.set_defaults(run=run)
@@ -103,15 +117,27 @@ def add_common(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--save", metavar="DIR", help="folder for the results")
 
 
-def add_model_options(verb: argparse.ArgumentParser) -> None:
-    """Add the options of verbs that run a model on a text."""
-    group = verb.add_argument_group("model and text")
+def add_model(verb: argparse.ArgumentParser) -> None:
+    """Add the options that say which model."""
+    group = verb.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="DIR",
         help="Hugging Face folder with config.json, model.safetensors and a tokenizer "
         "(GPT-2, LLaMA); the embedded model if unset",
     )
+    group.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="draw the weights: config.json is enough"
+    )
+    group.add_argument(
+        "--tokenizer", metavar="DIR", help="folder or tokenizer.json, instead of the model's"
+    )
+
+
+def add_text(verb: argparse.ArgumentParser) -> None:
+    """Add the options of verbs that run a model on a text."""
+    add_model(verb)
+    group = verb.add_argument_group("text")
     group.add_argument("--text", metavar="FILE", help="UTF-8 text; the default text if unset")
     group.add_argument(
         "--tokens", type=count_or_all, default=20_000, metavar="N", help="at most, or all (20000)"
@@ -122,16 +148,11 @@ def add_model_options(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stride", type=int, metavar="N", help="from block to block (the context: no overlap)"
     )
-    group.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="draw the weights: config.json is enough"
-    )
-    group.add_argument(
-        "--tokenizer", metavar="DIR", help="folder or tokenizer.json, instead of the model's"
-    )
 
 
 def add_compare(verb: argparse.ArgumentParser) -> None:
     """Add the options of compare."""
+    add_text(verb)
     group = verb.add_argument_group("comparison")
     group.add_argument(
         "--attention",
@@ -168,7 +189,32 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
 
 def add_eval(verb: argparse.ArgumentParser) -> None:
     """Add the options of eval."""
+    add_text(verb)
     verb.add_argument("--attention", default="dense", metavar="SPEC", help="a variant (dense)")
+
+
+def add_generate(verb: argparse.ArgumentParser) -> None:
+    """Add the options of generate."""
+    verb.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to continue")
+    add_model(verb)
+    group = verb.add_argument_group("generation")
+    group.add_argument("--attention", default="dense", metavar="SPEC", help="a variant (dense)")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (128)"
+    )
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="draw tokens; the likeliest ones if unset"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="from the K likeliest (all)")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="from the likeliest of share P together (all)"
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end before this text; several times for several",
+    )
 
 
 # ---- verbs -------------------------------------------------------------------------------------
@@ -217,6 +263,33 @@ def run_eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_generate(options: argparse.Namespace) -> int:
+    """Print a continuation while it is decoded."""
+    from sparseattn.evaluation.job import load_model
+
+    set_threads(options.threads)
+    model, name = load_model(options.model, options.random_weights, options.tokenizer)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "attention")
+    settings = {name: getattr(options, name) for name in names}
+    prompt = read_prompt(options.prompt)
+    pieces = model.stream(prompt, **settings)
+    text, complete = "", False
+    make_printable()
+    try:
+        for piece in pieces:
+            text += piece
+            if not options.json:
+                print(piece, end="", flush=True)
+        complete = True
+    except KeyboardInterrupt:
+        pass  # what there is counts
+    if not options.json:
+        print()
+    result = {"model": name, "prompt": prompt, "text": text, "complete": complete, **settings}
+    print_report(result, None, options, "generate")
+    return 0 if complete else interrupted("interrupted: the text is not complete")
+
+
 def run_info(options: argparse.Namespace) -> int:
     """Print what runs here and which variants there are."""
     from sparseattn.evaluation.trust import environment
@@ -247,13 +320,34 @@ def model_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def print_result(result: Any, as_json: bool) -> None:
     """Print a result, whatever the terminal's encoding can show."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    make_printable()
     print(result.to_json() if as_json else result, end="" if as_json else "\n")
 
 
-def print_report(report: dict[str, Any], text: str, options: argparse.Namespace, name: str) -> None:
-    """Print a small report, and save it where asked."""
+def read_prompt(prompt: str) -> str:
+    """Return the prompt, or standard input where that is asked for."""
+    if prompt != "-":
+        return prompt
+    from sparseattn.errors import ArgumentError
+
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            f"the prompt on standard input is not UTF-8 at byte {error.start}: convert it"
+        ) from None
+
+
+def make_printable() -> None:
+    """Let standard output replace what the terminal's encoding cannot show."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def print_report(
+    report: dict[str, Any], text: str | None, options: argparse.Namespace, name: str
+) -> None:
+    """Print a small report, and save it where asked; no text: only where JSON is asked for."""
     content = json.dumps(report, indent=1)
     if options.save is not None:
         from sparseattn.evaluation.job import output_folder
@@ -262,7 +356,8 @@ def print_report(report: dict[str, Any], text: str, options: argparse.Namespace,
         folder = output_folder(options.save)
         if folder is not None:
             save_file(folder, f"{name}.json", content)
-    print(content if options.json else text)
+    if options.json or text is not None:
+        print(content if options.json else text)
 
 
 def say_saved(folder: str) -> None:

@@ -15,6 +15,7 @@ from sparseattn.inputs import (
     read_causal,
     read_operands,
     read_problem,
+    sink_of,
     to_array,
 )
 from sparseattn.kept import columns
@@ -48,7 +49,7 @@ def attend_cached(
         raise ArgumentError(f"cache must be a sa.Cache, got {type(cache).__name__}")
     cache.accept(spec)
     refuse_others(dropout_p, cu_seqlens, return_weights)
-    refuse_gradients(q=q, k=k, v=v, bias=bias)
+    refuse_gradients(q=q, k=k, v=v, bias=bias, sink=sink_of(params))
     check_causal(cache, causal)
     ops = read_operands(q, k, v)
     with cache.alone:

@@ -11,11 +11,12 @@ import numpy as np
 
 from sparseattn import _core
 from sparseattn.attention import KEYWORDS, Call, read_call, run, run_piece
-from sparseattn.errors import ArgumentError, DtypeError
+from sparseattn.errors import ArgumentError, DtypeError, NotSupported
 from sparseattn.half import real_type
 from sparseattn.inputs import (
     SINK,
     Operands,
+    Target,
     as_real,
     collapse,
     dress,
@@ -31,7 +32,7 @@ from sparseattn.inputs import (
 )
 from sparseattn.packed import build
 from sparseattn.plan import Plan, refuse_keywords
-from sparseattn.variants.base import Piece, Problem, parse
+from sparseattn.variants.base import Piece, Problem, Variant, parse
 
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array
@@ -131,7 +132,7 @@ def attention_vjp(
     )
     ops = call.ops
     target = make_target(None, ops)
-    lse, made, problem = run(*call, target, True)
+    lse, made, problem = run_once(call, target)
     likes = {"q": like("q", q), "k": like("k", k), "v": like("v", v)}
     if bias is not None:
         likes["bias"] = like("bias", bias)
@@ -160,6 +161,15 @@ class State(NamedTuple):
 # ---- tensors of PyTorch --------------------------------------------------------------------------
 
 
+def run_once(call: Call, target: Target) -> tuple[Array, Plan, Problem]:
+    """:func:`run` of a spec that is one attend, whose gradient the pullback knows."""
+    if not isinstance(call.spec, Plan):
+        variant = parse("dense" if call.spec is None else call.spec)
+        if type(variant).apply is not Variant.apply:
+            raise NotSupported(f"{variant} has no gradient yet: call attention() without one")
+    return run(*call, target, True)
+
+
 def run_recorded(call: Call, given: dict[str, Any], others: tuple[Any, ...]) -> Recorded:
     """A call whose out and lse are nodes of PyTorch's gradient graph.
 
@@ -171,14 +181,15 @@ def run_recorded(call: Call, given: dict[str, Any], others: tuple[Any, ...]) -> 
     for name, x in given.items():
         if name in ("q", "k", "v") and not is_torch(x):
             raise ArgumentError(f"{name} is no tensor and others require grad: convert {name}")
+    constants = {name: None if is_torch(x) else x for name, x in given.items()}
     ran = []
 
     def forward() -> Any:
         target = make_target(None, call.ops)
-        lse, made, problem = run(*call, target, True)
+        lse, made, problem = run_once(call, target)
         ran.append((lse, made, problem))
         bare = problem._replace(bias=None, sink=None)
-        pullback = functools.partial(pull_tensors, tuple(given), made, bare)
+        pullback = functools.partial(pull_tensors, constants, made, bare)
         return (target.finish(call.ops), call.ops.give(lse)), pullback
 
     out, lse = record(forward, *given.values(), *others)
@@ -194,7 +205,7 @@ class Recorded(NamedTuple):
 
 
 def pull_tensors(
-    names: tuple[str, ...],
+    constants: dict[str, Any],
     made: Plan,
     bare: Problem,
     inputs: tuple[Any, ...],
@@ -202,8 +213,12 @@ def pull_tensors(
     grads: tuple[Any, ...],
     wanted: tuple[bool, ...],
 ) -> list[Any]:
-    """Gradients of ``inputs``, of which the first ones have ``names``; None where not wanted."""
-    given = dict(zip(names, inputs[: len(names)], strict=True))
+    """Gradients of ``inputs``, None where not wanted. The first of them have the names of
+    ``constants``, which holds those that were no tensors."""
+    given = {
+        name: constants[name] if x is None else x
+        for name, x in zip(constants, inputs, strict=False)
+    }
     ops = read_operands(given["q"], given["k"], given["v"])
     bias, params = given["bias"], {SINK: given[SINK]}
     problem = bare._replace(
@@ -217,7 +232,7 @@ def pull_tensors(
         name: like(name, x) for (name, x), want in zip(given.items(), wanted, strict=False) if want
     }
     found = pull(state, likes, *read_gradients(ops, *grads))
-    return [found.get(name) for name in names] + [None] * (len(inputs) - len(names))
+    return [found.get(name) for name in given] + [None] * (len(inputs) - len(given))
 
 
 # ---- what goes in and comes out ------------------------------------------------------------------

@@ -168,7 +168,7 @@ def read_wanted(return_weights: Any) -> Wanted:
 
 
 def make_weights(wanted: Wanted, ops: Operands, lse: Array, problem: Problem, plan: Any) -> Any:
-    """What was asked for of the weights of a call whose log-sum-exp (batch, heads, n_q) is known."""
+    """What was asked for, of a call whose log-sum-exp (batch, heads, n_q) is known."""
     if wanted.kind == "mass":
         return ops.give(mass(ops, lse, problem, plan))
     if wanted.kind == "topn":
@@ -191,9 +191,7 @@ def mass(ops: Operands, lse: Array, problem: Problem, plan: Any) -> Array:
     return total
 
 
-def largest(
-    ops: Operands, lse: Array, problem: Problem, plan: Any, n: int
-) -> tuple[Array, Array]:
+def largest(ops: Operands, lse: Array, problem: Problem, plan: Any, n: int) -> tuple[Array, Array]:
     """The n largest weights of each row and their keys, (batch, heads, n_q, n)."""
     shape = (*ops.score_shape[:3], n)
     values = empty("the largest weights", shape, lse.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -126,6 +127,20 @@ def test_append_writes_the_new_rows_alone() -> None:
     assert (second[:, :, :21] == 7).all() and second.shape[2] == 22
 
 
+@pytest.mark.parametrize("spec", ["window:1", "window:16", "window:40:sinks=5"])
+def test_window_moves_once_a_window(spec: str) -> None:
+    """A full buffer is moved down for at least as many tokens as the window has."""
+    cache = filled(spec, tokens=400)
+    window = sa.parse(spec).keep()[1] + 1  # type: ignore[index]
+    last, moves = cache.append(*new(1))[0], 0
+    for _ in range(500):
+        now = cache.append(*new(1))[0]
+        assert np.shares_memory(now, cache._held.k), "a token passes through no copy"
+        moves += not np.shares_memory(last, now)
+        last = now
+    assert moves <= 500 // (window + 1) + 1
+
+
 def test_long_chunk_passes_through() -> None:
     """A prefill longer than a window's buffer is attended to as it is, and its end is kept."""
     k, v = new(5000)
@@ -223,12 +238,13 @@ def test_snapshot_is_a_copy() -> None:
     np.testing.assert_array_equal(saved.held.k, want)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
 def test_copies_go_their_own_way(way: Callable[[sa.Cache], sa.Cache]) -> None:
     cache = filled("window:8", rollback=2)
     other = way(cache)
-    assert state(other) == state(cache)
-    other.append(*new(1))
+    assert state(other)[-1] == state(cache)[-1] and other.spec == cache.spec
+    mine, theirs = cache.append(*new(1, seed=1))[0], other.append(*new(1, seed=2))[0]
+    assert not np.shares_memory(mine, theirs)
     cache.crop(19)
     assert (cache.get_seq_length(), other.get_seq_length()) == (19, 21)
 
@@ -244,6 +260,26 @@ def test_crop_as_in_transformers() -> None:
     window.crop(2)  # all of the first two are there
     window.crop(0)
     assert window.append(*new(3))[0].shape[2] == 3
+
+
+@pytest.mark.parametrize("spec", ["window:7", "window:20:sinks=3"])
+def test_crop_to_the_last_possible_token(spec: str) -> None:
+    """The length that the error offers is the least that the next token can go on from."""
+    k, v = new(300)
+    q = np.repeat(k, 2, 1)
+    cache = sa.Cache(spec)
+    for t in range(300):
+        cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+    with pytest.raises(sa.ArgumentError) as caught:
+        cache.crop(50)
+    least = int(re.search(r"crop to (\d+) or more", str(caught.value)).group(1))  # type: ignore[union-attr]
+    with pytest.raises(sa.ArgumentError, match="forgotten keys"):
+        cache.crop(least - 1)
+    cache.crop(least)
+    now = slice(least, least + 1)
+    got = sa.attention(q[:, :, now], k[:, :, now], v[:, :, now], causal=True, cache=cache)
+    want = sa.attention(*(x[:, :, : least + 1] for x in (q, k, v)), spec, causal=True)[:, :, now]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 def test_dtypes_by_any_name() -> None:

@@ -7,6 +7,7 @@ are multiples of 1/64, so that no order of summation rounds, and ties go to the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -214,6 +215,36 @@ def test_crop_then_continue(spec: sa.Variant) -> None:
             cropped.append(wrong[0][:, :, :guess], wrong[1][:, :, :guess])
         cropped.crop(-9)
         assert cropped.get_seq_length() == fresh.get_seq_length() == begin
+
+
+@every_spec
+@pytest.mark.promise("A6")
+def test_padding_is_not_touched(spec: sa.Variant) -> None:
+    """NaN at tokens that are not there changes no bit; at one that is, none of an earlier row."""
+    q, k, v = make(spec, tokens=150)
+    params = make_params(spec, fit(spec, (*SHAPE[:3], 150, 150, 16, 8)))
+    call = {"params": params, "key_mask": ragged(150)}
+    chunks = cuts(100, 1, 1, 20, tokens=150)
+    want = decode(q, k, v, sa.Cache(spec), chunks, **call)
+    hole = ~ragged(150)[:, None, :, None]
+    k, v = np.where(hole, np.float32(np.nan), k), np.where(hole, np.float32(np.nan), v)
+    got = decode(q, k, v, sa.Cache(spec), chunks, **call)
+    assert got[0].tobytes() == want[0].tobytes() and got[1].tobytes() == want[1].tobytes()
+    k[:, :, 101], v[:, :, 101] = np.nan, np.nan
+    got = decode(q, k, v, sa.Cache(spec), chunks, **call)
+    assert got[0][:, :, :101].tobytes() == want[0][:, :, :101].tobytes()
+
+
+@pytest.mark.promise("C1")
+def test_caches_of_many_threads() -> None:
+    """Each thread with a cache of its own gets what it gets alone."""
+    specs = ["dense", "window:20:sinks=2", "topk:5", "random:5"] * 2
+    q, k, v = make(sa.parse("topk:5"), tokens=120)
+    chunks = cuts(60, 1, tokens=120)
+    run = lambda spec: decode(q, k, v, sa.Cache(spec), chunks)[0].tobytes()  # noqa: E731
+    alone = [run(spec) for spec in specs]
+    with ThreadPoolExecutor(len(specs)) as pool:
+        assert list(pool.map(run, specs)) == alone
 
 
 def test_later_tokens_change_no_earlier_bit() -> None:

@@ -139,7 +139,7 @@ WRONG: list[tuple[Any, type[Exception], list[str]]] = [
     (lambda: call(params={"sink": [1, 2, 3, 4]}), TypeError, ["sink", "int64", "float32"]),
     (lambda: call(params={"sinks": np.zeros(4)}), ValueError, ["sinks", "sink"]),
     (lambda: call(cu_seqlens=[0, 5]), ValueError, ["cu_seqlens", "pair (cu_q, cu_k)"]),
-    (lambda: call(cache=object()), NotImplementedError, ["cache", "later"]),
+    (lambda: call(cache=object()), ValueError, ["cache must be a sa.Cache", "object"]),
     # what runs
     (lambda: sa.set_num_threads(0), ValueError, ["0"]),
     (lambda: sa.set_num_threads(65), ValueError, ["65"]),

@@ -38,6 +38,7 @@ SPECS = [spec for spec in EVERY_SPEC if not spec.arrays]
 # Lengths of queries and keys: none of either, none of both, one, more rows than a block holds.
 CU_Q = np.array([0, 5, 5, 70, 71, 71, 200, 207])
 CU_K = np.array([0, 9, 9, 74, 175, 175, 238, 238])
+ALL = slice(None)
 SHAPE = (2, 6, 2, int(CU_Q[-1]), int(CU_K[-1]), 16, 24)
 
 
@@ -261,16 +262,26 @@ def test_gradients_of_a_loop(spec: Variant, threads: int) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-12 * max(1, np.abs(theirs).max()))
 
 
-def test_weights_of_a_loop() -> None:
+@pytest.mark.parametrize("spec", ["dense", "window:20", "topk:5", "topk:5:placement=post"])
+def test_weights_of_a_loop(spec: str) -> None:
     q, k, v = make_qkv(SHAPE, seed=12)
-    got = sa.attention(q, k, v, "topk:5", causal=True, cu_seqlens=(CU_Q, CU_K), return_weights=True)
-    want = np.zeros(got.weights.shape, np.float32)
+
+    def weights(kind: Any, rows: slice = ALL, keys: slice = ALL, **cu: Any) -> Any:
+        one = (q[:, :, rows], k[:, :, keys], v[:, :, keys])
+        return sa.attention(*one, spec, causal=True, return_weights=kind, **cu).weights
+
+    packed = {"cu_seqlens": (CU_Q, CU_K)}
+    got = weights(True, **packed)
+    want = np.zeros(got.shape, np.float32)
+    top = weights("topn:3", **packed)
     for rows, keys in sequences(CU_Q, CU_K):
-        one = sa.attention(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], "topk:5", causal=True, return_weights=True
-        )
-        want[:, :, rows, keys] = one.weights
-    np.testing.assert_allclose(got.weights, want, rtol=0, atol=1e-6)
+        want[:, :, rows, keys] = weights(True, rows, keys)
+        own = weights("topn:3", rows, keys)
+        np.testing.assert_allclose(top.values[:, :, rows], own.values, rtol=0, atol=1e-6)
+        shifted = np.where(own.indices < 0, -1, own.indices + keys.start)
+        np.testing.assert_array_equal(top.indices[:, :, rows], shifted)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(weights("mass", **packed), want.sum(-2), rtol=0, atol=1e-5)
 
 
 def test_dropout_is_addressed_by_place_in_the_whole_call() -> None:

@@ -9,8 +9,10 @@
 
 enum {
     WANTED_TASKS = 64, /* keep any number of threads busy                                  */
-    LEAST_TASKS = 8,   /* what few heads are cut into where a visit brings less than ...    */
-    VISIT_KEYS = 1024, /* ... this: a block loads its rows again for every run that it sees */
+    VISIT_KEYS = 1024, /* ... with so many keys a visit: a block loads its rows each time;   */
+    LEAST_TASKS = 8,   /* where there are few heads, less will do                           */
+    MIDDLE_VISIT = 512,
+    FEW_TASKS = 4,
     SHORT_VISIT = 128,
     ROW_VISIT = 16, /* the same of one row alone                                        */
     MOST_RUNS = 16
@@ -229,8 +231,11 @@ worth(const sa_grad_call *call, int64_t runs)
         blocks += plan->n_maps * plan->n_blocks;
         rows = SA_MAX(rows, plan->rows_per_block);
     }
-    const bool many = call->kv_tasks * runs > LEAST_TASKS;
-    const int64_t least = rows == 1 ? ROW_VISIT : many ? VISIT_KEYS : SHORT_VISIT;
+    const int64_t tasks = call->kv_tasks * runs;
+    const int64_t least = rows == 1              ? ROW_VISIT
+                          : tasks <= FEW_TASKS   ? SHORT_VISIT
+                          : tasks <= LEAST_TASKS ? MIDDLE_VISIT
+                                                 : VISIT_KEYS;
     return keys >= least * visits || visits <= blocks + blocks / 4;
 }
 

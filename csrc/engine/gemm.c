@@ -1,11 +1,11 @@
 /* gemm.c - products cut into blocks of c by shape; a block is one task with a fixed order of sums.
  *
- * Blocks go to OpenBLAS, one call each, or to the tiles. The tile path packs b, widened and turned
- * as need be, into panels as wide as a register tile, and leaves a where it lies. It sums every
- * element of c in the same order, DEPTH terms at a time, so an element's bits depend on its row of
- * a and its column of b and on nothing else: not on m, n, blocks or threads. With OpenBLAS they
- * also depend on m and on the row's place: its kernels for edges and for few rows sum in other
- * orders.
+ * Blocks go to OpenBLAS, one call each, or to the tiles, as all with half precision in b do. The
+ * tile path packs b, widened and turned as need be, into panels as wide as a register tile, and
+ * leaves a where it lies. It sums every element of c in the same order, DEPTH terms at a time, so
+ * an element's bits depend on its row of a and its column of b and on nothing else: not on m, n,
+ * blocks or threads. With OpenBLAS they also depend on m and on the row's place: its kernels for
+ * edges and for few rows sum in other orders.
  */
 #include <limits.h>
 #include <string.h>
@@ -160,9 +160,13 @@ one_row(const gemm_job *job, block c)
     const sa_rows *const rows = sa_rows_for(g->dtype == SA_F64);
     start_block(job, c);
     for (int64_t t0 = 0; t0 < g->k; t0 += DEPTH) {
-        (g->b_transposed ? rows->times_turned : rows->times)(c_at(job, 0, c.j0), a_at(job, 0, t0),
-                                                             b_at(job, t0, c.j0), g->ldb,
-                                                             c.j1 - c.j0, SA_MIN(g->k - t0, DEPTH));
+        const int64_t n = c.j1 - c.j0, depth = SA_MIN(g->k - t0, DEPTH);
+        const void *const x = a_at(job, 0, t0), *const b = b_at(job, t0, c.j0);
+        if (g->b_transposed) {
+            rows->times_turned(c_at(job, 0, c.j0), x, b, g->b_dtype, g->ldb, n, depth);
+        } else {
+            rows->times(c_at(job, 0, c.j0), x, b, g->b_dtype, g->ldb, n, depth);
+        }
     }
     return SA_OK;
 }
@@ -201,26 +205,18 @@ tile_block(sa_ctx *ctx, const gemm_job *job, block c, sa_arena *scratch)
 }
 
 static sa_status
-blas_block(const gemm_job *job, block c, sa_arena *scratch)
+blas_block(const gemm_job *job, block c)
 {
     const sa_gemm_args *const g = job->g;
     const int m = (int)(c.i1 - c.i0), n = (int)(c.j1 - c.j0), k = (int)g->k;
     const int turned = g->b_transposed ? SA_CBLAS_TRANSPOSED : SA_CBLAS_AS_IS;
-    const void *b = b_at(job, 0, c.j0);
-    int ldb = (int)g->ldb;
-    if (is_widened(g)) {
-        void *const wide = sa_arena_take(scratch, (size_t)k * (size_t)n * job->size);
-        ldb = g->b_transposed ? k : n;
-        job->tile->load_rows(wide, ldb, b, g->b_dtype, g->ldb, g->b_transposed ? n : k, ldb, 1.0);
-        b = wide;
-    }
     const bool add = g->bias != NULL;
     if (add) {
         start_block(job, c);
     }
     void *const to = c_at(job, c.i0, c.j0);
-    const void *const a = a_at(job, c.i0, 0);
-    const int lda = (int)g->lda, ldc = (int)g->ldc;
+    const void *const a = a_at(job, c.i0, 0), *const b = b_at(job, 0, c.j0);
+    const int lda = (int)g->lda, ldb = (int)g->ldb, ldc = (int)g->ldc;
     if (g->dtype == SA_F64) {
         job->blas->dgemm(SA_CBLAS_ROWS, SA_CBLAS_AS_IS, turned, m, n, k, 1.0, a, lda, b, ldb,
                          add ? 1.0 : 0.0, to, ldc);
@@ -242,9 +238,11 @@ run_block(sa_ctx *ctx, void *arg, int64_t task, int worker)
     const block c = {i0, SA_MIN(i0 + job->rows, g->m), j0, SA_MIN(j0 + job->columns, g->n)};
     sa_arena_reset(scratch);
     if (job->blas != NULL) {
-        return blas_block(job, c, scratch);
+        return blas_block(job, c);
     }
-    return g->m == 1 && !is_widened(g) ? one_row(job, c) : tile_block(ctx, job, c, scratch);
+    /* The one-row functions of double do not widen. */
+    const bool direct = g->m == 1 && (!is_widened(g) || g->dtype == SA_F32);
+    return direct ? one_row(job, c) : tile_block(ctx, job, c, scratch);
 }
 
 /* Blocks by shape alone: narrower first, which packs no column of b twice, then shorter ones. */
@@ -254,7 +252,7 @@ cut(gemm_job *job)
     const sa_gemm_args *const g = job->g;
     const int64_t narrowest = COLUMNS / 2, shortest = 48;
     job->rows = ROWS;
-    job->columns = job->blas == NULL ? COLUMNS : is_widened(g) ? narrowest : 2 * COLUMNS;
+    job->columns = job->blas == NULL ? COLUMNS : 2 * COLUMNS;
     for (;;) {
         job->row_blocks = (g->m + job->rows - 1) / job->rows;
         job->column_blocks = (g->n + job->columns - 1) / job->columns;
@@ -295,25 +293,15 @@ with_strides(const sa_gemm_args *args)
 }
 
 /* OpenBLAS counts in int and takes rows that neither overlap nor run backwards. One row it
- * multiplies at the speed of its packing; the tiles read b two to four times as fast. */
+ * multiplies at the speed of its packing; the tiles read b two to four times as fast. Half
+ * precision would have to be widened into memory that it packs once more; the tiles widen as they
+ * pack. */
 static bool
 blas_takes(const sa_gemm_args *g)
 {
     const int64_t width = g->b_transposed ? g->k : g->n;
-    return g->m > 1 && g->k > 0 && g->lda >= g->k && g->ldb >= width && g->ldc >= g->n &&
-           SA_MAX(SA_MAX(g->lda, g->ldb), g->ldc) <= INT_MAX;
-}
-
-/* Bytes of scratch that a task takes; false when the count wraps. */
-static bool
-scratch_bytes(const gemm_job *job, size_t *bytes)
-{
-    if (job->blas == NULL) {
-        return sa_mul(tile_scratch(job->tile), job->size, bytes);
-    }
-    *bytes = 0;
-    return !is_widened(job->g) || (sa_mul((size_t)job->g->k, (size_t)job->columns, bytes) &&
-                                   sa_mul(*bytes, job->size, bytes));
+    return g->m > 1 && !is_widened(g) && g->k > 0 && g->lda >= g->k && g->ldb >= width &&
+           g->ldc >= g->n && SA_MAX(SA_MAX(g->lda, g->ldb), g->ldc) <= INT_MAX;
 }
 
 sa_status
@@ -324,15 +312,11 @@ sa_gemm(sa_ctx *ctx, const sa_gemm_args *args)
     }
     const sa_gemm_args g = with_strides(args);
     gemm_job job = {.g = &g, .size = sa_dtype_size(g.dtype)};
-    size_t bytes;
     job.tile = sa_tile_for(g.dtype == SA_F64);
     job.blas = blas_takes(&g) ? sa_blas_get() : NULL;
     cut(&job);
-    if (!scratch_bytes(&job, &bytes)) {
-        return sa_fail(ctx, SA_ENOMEM, "a product over k = %lld terms is too large",
-                       (long long)g.k);
-    }
-    const sa_status status = sa_scratch_reserve(ctx, bytes);
+    const sa_status status =
+        sa_scratch_reserve(ctx, job.blas != NULL ? 0 : tile_scratch(job.tile) * job.size);
     if (status != SA_OK) {
         return status;
     }

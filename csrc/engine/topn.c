@@ -1,18 +1,24 @@
 /* topn.c - the largest weights of each row.
  *
  * Weights grow with scores, so scores are ranked. Strips first take the largest score of every
- * group of 16 neighbouring keys. The n largest scores of a row stand in the n groups whose peaks
- * are largest, equal peaks counted by key: only those are scored again, key by key, and ranked.
+ * group of 8 neighbouring keys. The n largest scores of a row stand in the n groups whose peaks are
+ * largest, equal peaks counted by key: only those are scored again, key by key, and ranked. What
+ * this costs does not depend on the values.
  */
 #include "engine/received.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "base/threads.h"
 #include "engine/select.h"
 #include "engine/strips.h"
 
-enum { WORD_GROUPS = SA_WORD_KEYS / SA_PEAK_KEYS, TASK_ROWS = 64 };
+enum {
+    WORD_GROUPS = SA_WORD_KEYS / SA_PEAK_KEYS,
+    TASK_ROWS = 64,
+    SURPLUS = 4 /* keys above the level of the peaks that are sorted as they are, in n */
+};
 
 typedef struct {
     sa_attend_call call;
@@ -36,10 +42,10 @@ typedef struct {
     sa_span_bits bits;
     char *peaks, *row_peaks; /* [rows / w][groups][w]; [lanes][groups] */
     char *ones;              /* [w]                                    */
-    int32_t *best, *keys;    /* [n]; [listed]                          */
+    int32_t *best, *keys;    /* [listed]                               */
     char *scores;            /* [listed + a tile]                      */
     void *select;
-    entry *entries; /* [n] */
+    entry *entries; /* [SURPLUS n] */
 } top_group;
 
 static size_t
@@ -54,10 +60,11 @@ carve(const top_call *call, sa_arena *arena, top_group *tg)
            sa_take(arena, &tg->peaks, (size_t)call->rows * groups * real) +
            sa_take(arena, &tg->row_peaks, lanes * groups * real) +
            sa_take(arena, &tg->ones, SA_STRIP_MAX * real) +
-           sa_take(arena, &tg->best, n * sizeof(int32_t)) +
+           sa_take(arena, &tg->best, listed * sizeof(int32_t)) +
            sa_take(arena, &tg->keys, listed * sizeof(int32_t)) +
            sa_take(arena, &tg->scores, (listed + SA_TILE_KEYS) * real) +
-           sa_take(arena, &tg->select, select) + sa_take(arena, &tg->entries, n * sizeof(entry));
+           sa_take(arena, &tg->select, select) +
+           sa_take(arena, &tg->entries, SURPLUS * n * sizeof(entry));
 }
 
 static int64_t
@@ -109,33 +116,55 @@ write_row(const top_group *tg, const sa_query *q, int64_t found)
     }
 }
 
+static double
+get(const top_group *tg, const void *s, int64_t at)
+{
+    return tg->g.call->real_bytes == 8 ? ((const double *)s)[at] : (double)((const float *)s)[at];
+}
+
+/* Places of the n best of `count` scores, ascending, or of a few more. At least n reach the level,
+ * but for the rounding of sums in another order. */
+static int64_t
+best_places(const top_group *tg, int64_t count, double level)
+{
+    const int64_t n = tg->call->n;
+    if (level > -INFINITY) {
+        const int64_t found = tg->g.call->tile->compress_ge(tg->scores, count, level, tg->best);
+        if (found >= n && found <= SURPLUS * n) {
+            return found;
+        }
+    }
+    return largest(tg, tg->scores, count);
+}
+
 /* Ranks `count` keys of one row, ascending in tg->keys, and writes the best. */
 static void
-rank_row(const top_group *tg, const sa_query *q, double lse, int64_t count)
+rank_row(const top_group *tg, const sa_query *q, double lse, int64_t count, double level)
 {
     const sa_group *const g = &tg->g;
-    const bool f64 = g->call->real_bytes == 8;
     sa_key_tile tile;
     sa_row_begin(g, q);
     for (int64_t x = 0; x < count; x += tile.n) {
         tile.n = (int)SA_MIN(SA_TILE_KEYS, count - x);
-        for (int i = 0; i < tile.n; i++) {
-            tile.keys[i] = tg->keys[x + i];
-        }
+        memcpy(tile.keys, tg->keys + x, (size_t)tile.n * sizeof(int32_t));
         sa_row_scores(g, q, &tile, tg->scores + (size_t)x * g->call->real_bytes);
     }
-    const int64_t found = largest(tg, tg->scores, count);
+    int64_t found = best_places(tg, count, level);
     for (int64_t x = 0; x < found; x++) {
         const int32_t at = tg->best[x];
-        if (f64) {
-            const double p = exp(((const double *)(const void *)tg->scores)[at] - lse);
-            tg->entries[x] = (entry){p, tg->keys[at]};
-        } else { /* ranked as they are written: rounding makes ties */
-            const float p = (float)exp((double)((const float *)(const void *)tg->scores)[at] - lse);
-            tg->entries[x] = (entry){(double)p, tg->keys[at]};
-        }
+        tg->entries[x] = (entry){get(tg, tg->scores, at), tg->keys[at]};
     }
     sort(tg->entries, found);
+    found = SA_MIN(found, tg->call->n);
+    bool ordered = true;
+    for (int64_t x = 0; x < found; x++) {
+        const double p = exp(tg->entries[x].value - lse);
+        tg->entries[x].value = g->call->real_bytes == 8 ? p : (double)(float)p;
+        ordered = ordered && (x == 0 || before(tg->entries[x - 1], tg->entries[x]));
+    }
+    if (!ordered) { /* weights that rounding made equal stand by key */
+        sort(tg->entries, found);
+    }
     write_row(tg, q, found);
 }
 
@@ -166,7 +195,8 @@ rank_rows(top_group *tg)
         const double lse = sa_row_lse(g, tg->call->lse, q);
         if (!odd_row(tg, q, lse)) {
             sa_row_keys keys = sa_row_keys_start(g, q, 0, g->call->p->n_k);
-            rank_row(tg, q, lse, sa_row_keys_next(&keys, tg->keys, (int)tg->call->listed));
+            const int count = sa_row_keys_next(&keys, tg->keys, (int)tg->call->listed);
+            rank_row(tg, q, lse, count, -INFINITY);
         }
     }
 }
@@ -211,16 +241,18 @@ rank_groups(const top_group *tg, const sa_query *q, const void *row_peaks, int64
     }
     const int64_t found = largest(tg, row_peaks, groups);
     int64_t count = 0;
+    double level = INFINITY;
     for (int64_t x = 0; x < found; x++) {
         const int64_t word = tg->bits.first + tg->best[x] / WORD_GROUPS;
         const int first = tg->best[x] % WORD_GROUPS * SA_PEAK_KEYS;
         uint64_t seen =
             sa_span_bits_row(&tg->bits, &tg->g, q, word) & sa_ones(first, first + SA_PEAK_KEYS);
+        level = fmin(level, get(tg, row_peaks, tg->best[x]));
         for (; seen != 0; seen &= seen - 1) {
             tg->keys[count++] = (int32_t)(word * SA_WORD_KEYS + __builtin_ctzll(seen));
         }
     }
-    rank_row(tg, q, lse, count);
+    rank_row(tg, q, lse, count, level);
 }
 
 static void

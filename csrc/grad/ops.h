@@ -40,6 +40,18 @@ sa_status sa_op_nll(sa_ctx *ctx, sa_dtype dtype, double *nll, int32_t *arg, cons
 sa_status sa_op_kl(sa_ctx *ctx, sa_dtype dtype, double *kl, const void *base, const void *other,
                    int64_t rows, int64_t vocab);
 
+/* How a token is drawn from a row of logits. */
+typedef struct {
+    double temperature; /* divides the logits; 0: the largest, the lower of equals               */
+    int64_t top_k;      /* keeps the largest, and those equal to the last of them; vocab: all    */
+    double top_p;       /* then keeps the fewest likeliest whose mass reaches this share; 1: all */
+} sa_sampling;
+
+/* token[r] = the one that the uniform number u[r] of [0, 1) points to in the distribution of row r.
+ * SA_EINVAL: a row whose largest logit is not finite. */
+sa_status sa_op_sample(sa_ctx *ctx, int32_t *token, const float *logits, const double *u,
+                       int64_t rows, int64_t vocab, sa_sampling how);
+
 /* to = from widened, elementwise over count; dtype SA_F16 or SA_BF16 */
 sa_status sa_op_widen(sa_ctx *ctx, float *to, const void *from, sa_dtype dtype, int64_t count);
 

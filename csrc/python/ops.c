@@ -387,6 +387,50 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(sample_doc,
+             "sample(logits, u, temperature, top_k, top_p, /)\n--\n\n"
+             "A token (int32) for every row of logits (rows, vocabulary), float32, by the uniform "
+             "number u (rows,), float64, of [0, 1). temperature 0: the largest; top_k 0 and top_p "
+             "1: all.");
+
+static PyObject *
+py_sample(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    py_call call;
+    PyObject *result = NULL, *token = NULL;
+    sa_view logits, u;
+    sa_sampling how;
+
+    if (py_call_begin(&call, module, "sample", nargs, 5) < 0 ||
+        py_view(&call, args[0], "logits", 2, PY_DTYPE(SA_F32), PY_CONTIGUOUS, &logits) < 0 ||
+        check_vocab(&call, &logits, "logits") < 0 ||
+        py_view(&call, args[1], "u", 1, PY_DTYPE(SA_F64), PY_CONTIGUOUS, &u) < 0 ||
+        py_view_size(&call, &u, "u", 3, logits.size[2]) < 0 ||
+        py_real(&call, args[2], "temperature", 0, 1e300, &how.temperature) < 0 ||
+        py_int(&call, args[3], "top_k", 0, INT32_MAX, &how.top_k) < 0 ||
+        py_real(&call, args[4], "top_p", 0, 1, &how.top_p) < 0) {
+        goto done;
+    }
+    how.top_k = how.top_k == 0 ? logits.size[3] : how.top_k;
+    npy_intp rows = (npy_intp)logits.size[2];
+    token = PyArray_SimpleNew(1, &rows, NPY_INT32);
+    if (token == NULL) {
+        goto done;
+    }
+    int32_t *const tokens = PyArray_DATA((PyArrayObject *)token);
+    py_call_detach(&call);
+    const sa_status status = sa_op_sample(call.ctx, tokens, logits.data, u.data, logits.size[2],
+                                          logits.size[3], how);
+    py_call_attach(&call);
+    if (py_call_status(&call, status) == 0) {
+        result = Py_NewRef(token);
+    }
+done:
+    Py_XDECREF(token);
+    py_call_end(&call);
+    return result;
+}
+
 PyDoc_STRVAR(kl_doc, "kl(base, other, /)\n--\n\n"
                      "KL(softmax(base) || softmax(other)) in nats, float64, for every row of two "
                      "arrays of logits (rows, vocabulary).");
@@ -505,6 +549,7 @@ PyMethodDef sa_ops_methods[] = {
     {"rope", PY_FAST(py_rope), rope_doc},
     {"add", PY_FAST(py_add), add_doc},
     {"nll", PY_FAST(py_nll), nll_doc},
+    {"sample", PY_FAST(py_sample), sample_doc},
     {"kl", PY_FAST(py_kl), kl_doc},
     {"widen", PY_FAST(py_widen), widen_doc},
     {"narrow", PY_FAST(py_narrow), narrow_doc},

@@ -6,6 +6,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "base/view.h"
+
 typedef enum { SA_ACT_GELU_TANH = 0, SA_ACT_GELU, SA_ACT_SILU, SA_ACT_RELU } sa_activation;
 
 typedef struct {
@@ -19,10 +21,12 @@ typedef struct {
      * the first NaN is. */
     double (*peak)(const void *x, int64_t n, int64_t *at);
     /* y[n] += a[k] b[k, n], b's rows ldb apart: the bits of a row of sa_tile's product, b read
-     * along its rows */
-    void (*times)(void *y, const void *a, const void *b, int64_t ldb, int64_t n, int64_t k);
+     * along its rows. dtype, of b: the real type, or a half precision in the table of float */
+    void (*times)(void *y, const void *a, const void *b, sa_dtype dtype, int64_t ldb, int64_t n,
+                  int64_t k);
     /* The same for b [n, k]: y[n] += b[n, k] a[k] */
-    void (*times_turned)(void *y, const void *a, const void *b, int64_t ldb, int64_t n, int64_t k);
+    void (*times_turned)(void *y, const void *a, const void *b, sa_dtype dtype, int64_t ldb,
+                         int64_t n, int64_t k);
     /* sum exp(x - top) */
     double (*exp_sum)(const void *x, int64_t n, double top);
     /* With a = x - x_top, b = y - y_top: sums = { sum exp(a), sum exp(b), sum exp(a) (a - b) };

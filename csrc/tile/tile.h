@@ -19,7 +19,7 @@
 #define SA_STRIP_MAX 64 /* no table has a wider strip                                  */
 #define SA_STALE 20.0   /* nats by which scores may exceed a running maximum           */
 
-#define SA_PEAK_KEYS 16 /* keys of a group whose largest score is taken               */
+#define SA_PEAK_KEYS 8  /* keys of a group whose largest score is taken               */
 #define SA_TILE_STEP 12 /* scores rows are written in groups of up to this many        */
 
 /* Row r sees key j of a tile when lo[r] <= first + j < hi[r]. */

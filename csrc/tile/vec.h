@@ -19,6 +19,9 @@ typedef int64_t sint;
 typedef int32_t sint;
 #endif
 typedef sint vint __attribute__((vector_size(SA_VBYTES)));
+#if !defined(SA_REAL_IS_DOUBLE)
+typedef uint32_t vbits __attribute__((vector_size(SA_VBYTES))); /* overflow is defined */
+#endif
 typedef sint vint_u __attribute__((vector_size(SA_VBYTES), aligned(sizeof(sint)), may_alias));
 
 #define SA_INLINE static inline __attribute__((always_inline, unused))
@@ -246,7 +249,7 @@ vexp_table(vreal d)
     const vreal p = (r * vset(0.24022650718688965f) + vset(0.6931573152542114f)) * r + vset(1.0f);
     const __m512 root = _mm512_permutex2var_ps(_mm512_loadu_ps(exp2_table), (__m512i)t,
                                                _mm512_loadu_ps(exp2_table + 16));
-    const vint power = (vint)root + (((vint)t & ~31) << 18);
+    const vbits power = (vbits)root + (((vbits)t & ~31u) << 18);
     const __mmask16 seen = _mm512_cmp_ps_mask((__m512)d, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
     return (vreal)_mm512_maskz_mul_ps(seen, (__m512)p, (__m512)power);
 }
@@ -277,6 +280,6 @@ vexp(vreal d)
     p = p * r + vset(0.24022647738456726f);
     p = p * r + vset(0.6931471824645996f);
     p = p * r + vset(1.0f);
-    return p * (vreal)((vint)t << 23);
+    return p * (vreal)((vbits)t << 23);
 #endif
 }

@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.autograd.function import once_differentiable
 
-from sparseattn.errors import ArgumentError, DtypeError
+from sparseattn.errors import ArgumentError, DtypeError, NotSupported
 
 
 def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
@@ -22,6 +21,8 @@ def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
         If the tensor is not on the CPU or not dense.
     DtypeError
         If NumPy lacks its dtype.
+    NotSupported
+        If it stands for other tensors.
     """
     if tensor.device.type != "cpu":
         raise ArgumentError(
@@ -39,6 +40,11 @@ def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
     except TypeError:
         raise DtypeError(
             f"{name} has dtype {tensor.dtype}, which NumPy lacks: pass {name}.float()"
+        ) from None
+    except RuntimeError:
+        raise NotSupported(
+            f"{name} is a tensor without memory, as inside of torch.func and torch.vmap: "
+            "call sparseattn outside of them"
         ) from None
     return array
 
@@ -83,8 +89,9 @@ class Node(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         return outputs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # else a gradient of this would be taken for zero
+            raise NotSupported("attention has no second derivative: leave out create_graph=True")
         saved, n = ctx.saved_tensors, ctx.n_inputs
         return None, *ctx.pullback(saved[:n], saved[n:], grads, ctx.needs_input_grad[1:])
 

@@ -10,6 +10,7 @@ function that reads its config.json. Adding one is one file.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from sparseattn.models.checkpoint import AGAIN, CONFIG_FILE, Checkpoint, nearest
 
 F32 = NDArray[np.float32]
 Weight = NDArray[Any]  # float32, float16, or the bits of bfloat16 as uint16
-Attend = Callable[[int, F32, F32, F32, F32], None]  # layer, q, k, v, out: all (B, H, L, D) views
+Attend = Callable[[int, F32, F32, F32, F32], None]  # layer; q, k, v, out: all (rows, heads, dim)
 
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
@@ -305,7 +306,7 @@ class Scratch:
         return array
 
 
-def rows_of(table: Weight, index: NDArray[np.int64] | slice) -> F32:
+def rows_of(table: Weight, index: NDArray[np.integer[Any]] | slice) -> F32:
     """Rows of a table in float32."""
     rows = table[index]
     return widen(rows) if is_half(rows) else rows
@@ -396,20 +397,29 @@ class Network:
         if theta is None:
             return None
         if self._tables is None or len(self._tables[0]) < length:
+            length = min(2 * length, self.config.context)  # decoding asks for one more at a time
             half = self.config.head_dim // 2
             angle = np.outer(np.arange(length), theta ** (-np.arange(half) / half))
             self._tables = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         return self._tables
 
-    def forward(self, tokens: NDArray[np.int64], attend: Attend) -> F32:
-        """Rows (B * L, hidden) after the final norm, of checked tokens (B, L)."""
-        batch, length = tokens.shape
-        rows, scratch = batch * length, Scratch()
-        tables = self.rope_tables(length)
-        pos = np.tile(np.arange(length, dtype=np.int32), batch)
-        x = rows_of(self.embed, tokens.reshape(-1))
+    def forward(
+        self,
+        tokens: NDArray[np.int64],
+        pos: NDArray[np.int32],
+        attend: Attend,
+        scratch: Scratch | None = None,
+    ) -> F32:
+        """Rows (R, hidden) after the final norm, of checked tokens (R,) at positions (R,).
+
+        Which rows are whose, `attend` knows. The result lies in `scratch`: the next call that is
+        given the same one writes over it.
+        """
+        rows, scratch = len(tokens), scratch or Scratch()
+        tables = self.rope_tables(int(pos.max(initial=0)) + 1)
+        x = rows_of(self.embed, tokens)
         if self.positions is not None:
-            x.reshape(batch, length, -1)[:] += rows_of(self.positions, slice(length))
+            _core.add(x, rows_of(self.positions, pos), x)
         h = scratch.get("h", rows, self.config.hidden)
         for i, layer in enumerate(self.layers):
             layer.norm1(x, h)
@@ -418,7 +428,7 @@ class Network:
                 for a in (q, k):
                     _core.rope(a, *tables, pos)
             y = scratch.get("y", rows, self.config.n_heads * self.config.head_dim)
-            attend(i, *(by_head(a, batch) for a in (q, k, v, self._split(y))))
+            attend(i, q, k, v, self._split(y))
             _core.add(x, layer.out(y, h), x)
             self._mlp(layer, layer.norm2(x, h), scratch)
             _core.add(x, h, x)
@@ -436,12 +446,10 @@ class Network:
                 for i, linear in enumerate(layer.qkv)
             ]
         (fused,) = layer.qkv
+        both = self._split(fused(h, scratch.get("qkv", len(h), fused.n_out)))
         c = self.config
-        ends = [c.n_heads * c.head_dim, (c.n_heads + c.n_kv_heads) * c.head_dim]
-        return [
-            self._split(part)
-            for part in np.split(fused(h, scratch.get("qkv", len(h), fused.n_out)), ends, 1)
-        ]
+        ends = (0, c.n_heads, c.n_heads + c.n_kv_heads, both.shape[1])
+        return [both[:, begin:end] for begin, end in itertools.pairwise(ends)]
 
     def _mlp(self, layer: Layer, h: F32, scratch: Scratch) -> None:
         """h becomes down(act(up(h))), or down(act(gate(h)) * up(h))."""

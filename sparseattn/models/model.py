@@ -7,10 +7,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,10 +34,12 @@ from sparseattn.models.common import (
     Fields,
     Network,
     Weight,
+    by_head,
     draw,
     match,
     rows_of,
 )
+from sparseattn.models.generate import generate, read_request, stream
 from sparseattn.models.gpt2 import GPT2
 from sparseattn.models.llama import LLAMA
 from sparseattn.models.tokenizer import Tokenizer, load_tokenizer
@@ -64,6 +66,8 @@ class Model:
         SHA-256 over `config` and the parameters as float32.
     folder : Path or None
         Where it was loaded from.
+    attention : spec, str or None
+        What attends where a call names nothing; None is dense. `sa.use` sets it for a while.
 
     Notes
     -----
@@ -82,6 +86,7 @@ class Model:
         self.config = config
         self.tokenizer = tokenizer
         self.folder = folder
+        self.attention: Spec = None
         self._values = values
         self._network = Network(family, config, values)
 
@@ -180,7 +185,8 @@ class Model:
         ----------
         tokens : array_like of int, shape (length,) or (batch, length)
         attention : spec or str, optional
-            What attends, in every layer; None is dense. `PerLayer` says it layer by layer.
+            What attends, in every layer; None is the model's `attention`, dense unless it was
+            changed. `PerLayer` says it layer by layer.
         per_layer : mapping of int to spec, optional
             Layers that differ from `attention`.
 
@@ -225,14 +231,18 @@ class Model:
         specs = self._layer_specs(attention, per_layer)
         scales = self.config.scales
 
-        def attend(layer: int, q: F32, k: F32, v: F32, out: F32) -> None:
+        batch, length = np.atleast_2d(ids).shape
+
+        def attend(layer: int, *rows: F32) -> None:
+            q, k, v, out = (by_head(a, batch) for a in rows)
             ops = read_operands(q, k, v)
             problem = read_problem(ops, causal=True, scale=scales[layer])
             _, plan, _ = run(ops, specs[layer], None, problem, make_target(out, ops), False)
             if on_attend is not None:
                 on_attend(layer, plan)
 
-        rows = self._network.forward(np.atleast_2d(ids), attend)
+        pos = np.tile(np.arange(length, dtype=np.int32), batch)
+        rows = self._network.forward(ids.reshape(-1), pos, attend)
         return rows.reshape(*ids.shape, self.config.hidden)
 
     def head(self, rows: F32) -> F32:
@@ -251,6 +261,108 @@ class Model:
         head = self._network.head
         logits = head(flat, np.empty((len(flat), head.n_out), np.float32))
         return logits.reshape(*rows.shape[:-1], head.n_out)
+
+    def generate(
+        self,
+        prompt: Any,
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = 0,
+        stop: str | Sequence[str] | None = None,
+        *,
+        attention: Spec = None,
+        per_layer: Mapping[int, Spec] | None = None,
+    ) -> Any:
+        """Continue a prompt, or several together.
+
+        Parameters
+        ----------
+        prompt : str, token ids, or a list of either
+            A str is encoded with what the tokenizer puts around a text; an empty one becomes the
+            configuration's beginning.
+        max_new_tokens : int
+            Tokens at most; ``eos_token_id`` and the context's length end a generation before.
+        temperature : float, optional
+            Divides the logits before the softmax that tokens are drawn from; 0 and None take the
+            likeliest token.
+        top_k, top_p : int and float, optional
+            Keep the k largest logits, then the likeliest tokens that have this share of what is
+            left, as in transformers.
+        seed : int, optional
+            The same seed gives the same text, whatever other prompts run beside; copies of one
+            prompt in a list differ. None draws a seed.
+        stop : str or list of str, optional
+            Ends the text before the first of these.
+        attention, per_layer
+            As for calling the model.
+
+        Returns
+        -------
+        str, ndarray of int64, or a list
+            What follows the prompt: text for text, ids for ids (without the end token), a list for
+            a list.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            Before anything is computed: see the message.
+
+        Examples
+        --------
+        >>> model.generate("Once upon a time", temperature=0.8)         # doctest: +SKIP
+        """
+        return generate(
+            read_request(
+                *(self, prompt),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop=stop,
+                attention=attention,
+                per_layer=per_layer,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: Any,
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = 0,
+        stop: str | Sequence[str] | None = None,
+        *,
+        attention: Spec = None,
+        per_layer: Mapping[int, Spec] | None = None,
+    ) -> Iterator[Any]:
+        """Continue one prompt, piece by piece: what :meth:`generate` returns, as it comes.
+
+        Takes what `generate` takes but a list of prompts. Pieces are whole characters, and nothing
+        of a stop string is among them. Arguments are checked at once.
+
+        Examples
+        --------
+        >>> for piece in model.stream("Once upon a time"):              # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+        """
+        return stream(
+            read_request(
+                *(self, prompt),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop=stop,
+                attention=attention,
+                per_layer=per_layer,
+            )
+        )
 
     def _check_tokens(self, tokens: ArrayLike) -> NDArray[np.int64]:
         """Token ids as int64, known to be in range."""
@@ -279,7 +391,7 @@ class Model:
     def _layer_specs(self, attention: Spec, per_layer: Mapping[int, Spec] | None) -> list[Variant]:
         """The spec of each layer."""
         n = self.config.n_layers
-        every = as_spec(attention)
+        every = as_spec(self.attention if attention is None else attention)
         specs = [every.layer(i) for i in range(n)]
         for i, spec in (per_layer or {}).items():
             if type(i) is not int or not 0 <= i < n:

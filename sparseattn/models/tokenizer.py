@@ -132,6 +132,12 @@ class Tokenizer:
         )
         return text
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of generated `ids`: special tokens, and ids past the vocabulary, say nothing."""
+        engine = self._engine
+        text: str = guarded("decoding", lambda: engine.decode(ids, skip_special_tokens=True))
+        return text
+
 
 def load_tokenizer(path: str | os.PathLike[str], *, custom_regex: bool = False) -> Tokenizer | None:
     """The tokenizer of a folder or a tokenizer.json, or None where the folder has none.

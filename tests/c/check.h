@@ -63,7 +63,10 @@ void sa_selftest_tile_strip(void);
 void sa_selftest_tile_row(void);
 void sa_selftest_select(void);
 void sa_selftest_plan(void);
+void sa_selftest_pack(void);
 void sa_selftest_attend(void);
+void sa_selftest_grad(void);
+void sa_selftest_received(void);
 void sa_selftest_gemm(void);
 void sa_selftest_ops(void);
 

@@ -27,7 +27,10 @@ static const struct {
     {"tile_row", sa_selftest_tile_row},
     {"select", sa_selftest_select},
     {"plan", sa_selftest_plan},
+    {"pack", sa_selftest_pack},
     {"attend", sa_selftest_attend},
+    {"grad", sa_selftest_grad},
+    {"received", sa_selftest_received},
     {"gemm", sa_selftest_gemm},
     {"ops", sa_selftest_ops},
 };

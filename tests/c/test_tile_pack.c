@@ -159,6 +159,41 @@ check_store_row(const sa_tile *t, int type)
     }
 }
 
+/* In vectors as one by one: every half in, and floats of any bits out, NaN and their payloads too.
+ * A zero is written as 0 of sign +. */
+static void
+check_halves(const sa_tile *t, sa_dtype dtype)
+{
+    enum { N = 1 << 16 };
+    uint16_t *const half = sa_malloc_array(N, sizeof *half);
+    float *const wide = sa_malloc_array(N, sizeof *wide), one = 1;
+    for (int i = 0; i < N; i++) {
+        half[i] = (uint16_t)i;
+    }
+    t->load_rows(wide, N, half, dtype, 0, 1, N, 1.0);
+    for (int i = 0; i < N; i++) {
+        const float want =
+            dtype == SA_F16 ? sa_f16_to_f32((uint16_t)i) : sa_bf16_to_f32((uint16_t)i);
+        CHECK(sa_bits_of(wide[i]) == sa_bits_of(want), "pattern %04x gave %08x", (unsigned)i,
+              sa_bits_of(wide[i]));
+    }
+    for (int round = 0; round < 8; round++) {
+        for (int i = 0; i < N; i++) { /* the last rounds: halves, and middles between two of them */
+            const uint32_t bits = (uint32_t)numbers_next();
+            const uint32_t tie = dtype == SA_F16 ? bits & 0xFFFFF000 : bits & 0xFFFF8000;
+            wide[i] = sa_float_of(round < 4 ? bits : tie);
+        }
+        t->store_row(half, dtype, wide, N, &one);
+        for (int i = 0; i < N; i++) {
+            const float x = wide[i] * one + 0;
+            const uint16_t want = dtype == SA_F16 ? sa_f32_to_f16(x) : sa_f32_to_bf16(x);
+            CHECK(half[i] == want, "%a became %04x, not %04x", (double)x, half[i], want);
+        }
+    }
+    sa_free(half);
+    sa_free(wide);
+}
+
 static void
 check_fill(const sa_tile *t)
 {
@@ -183,6 +218,10 @@ check_table(const sa_tile *t)
         check_cols(t, type);
         check_case("%s: a row to %s", table_name(t), types[type].name);
         check_store_row(t, type);
+    }
+    for (int type = 2; type < 4 && t->real_bytes == 4; type++) {
+        check_case("%s: all of %s", table_name(t), types[type].name);
+        check_halves(t, types[type].dtype);
     }
     check_case("%s: fill", table_name(t));
     check_fill(t);

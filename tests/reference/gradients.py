@@ -46,16 +46,15 @@ def weights_of(
     bias: Array | None = None,
     compute: type = np.float64,
 ) -> tuple[Array, Array | None, Array]:
-    """p over the keys of ``rows``, p of the sink, lse."""
+    """p = exp(s - lse) over the keys of ``rows``, that of the sink, lse."""
     s = scores(q, k, scale=scale, softcap=softcap, bias=bias, compute=compute)
-    if sink is None:
-        p, lse = softmax(s, rows)
-        return p, None, lse
-    column = np.broadcast_to(sink.astype(compute)[:, None, None], (*s.shape[:-1], 1))
-    p, lse = softmax(
-        np.concatenate([s, column], -1), np.pad(rows, [(0, 0)] * 3 + [(0, 1)], constant_values=True)
-    )
-    return p[..., :-1], p[..., -1], lse
+    if sink is not None:  # one more key that all rows see
+        column = np.broadcast_to(sink.astype(compute)[:, None, None], (*s.shape[:-1], 1))
+        s = np.concatenate([s, column], -1)
+        rows = np.concatenate([rows, np.ones((*rows.shape[:-1], 1), bool)], -1)
+    _, lse = softmax(s, rows)
+    p = np.exp(np.where(rows, s, -np.inf) - np.where(np.isneginf(lse), 0, lse)[..., None])
+    return (p, None, lse) if sink is None else (p[..., :-1], p[..., -1], lse)
 
 
 def attend(
