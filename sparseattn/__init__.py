@@ -30,6 +30,7 @@ from sparseattn.gradients import attention_vjp
 from sparseattn.merge import merge, merge_vjp
 from sparseattn.plan import Plan
 from sparseattn.sdpa import scaled_dot_product_attention
+from sparseattn.use import use
 from sparseattn.variants import (
     BlockMask,
     Dense,
@@ -78,6 +79,7 @@ __all__ = [
     "PerLayer",
     # models and evaluation
     "Model",
+    "use",
     "compare",
     # what runs
     "show_config",

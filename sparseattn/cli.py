@@ -268,6 +268,7 @@ def run_generate(options: argparse.Namespace) -> int:
     from sparseattn.evaluation.job import load_model
 
     set_threads(options.threads)
+    model: Any
     model, name = load_model(options.model, options.random_weights, options.tokenizer)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "attention")
     settings = {name: getattr(options, name) for name in names}

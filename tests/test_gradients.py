@@ -25,6 +25,7 @@ from reference import attention as ref
 from reference import gradients as ref_grad
 
 import sparseattn as sa
+from sparseattn import _core
 from sparseattn.variants import Variant, variants
 
 # The project's ceilings of gradients: |error| <= atol + rtol |value|.
@@ -449,12 +450,22 @@ def test_empty_sizes() -> None:
                 assert grad.shape == x.shape and not grad.any()
 
 
-def test_nothing_of_n_squared_is_kept(clean_memory: None) -> None:
-    q, k, v = make_qkv((1, 1, 1, 4096, 4096, 32, 32))
-    arrays = 3 * q.nbytes
+def bytes_a_token(n: int) -> float:
+    """Peak memory of one causal head, forward and backward, beside q, k, v."""
+    q, k, v = make_qkv((1, 1, 1, n, n, 16, 16), strided=False)
+    _core.trim()
+    before = _core.live_bytes()
+    _core.peak_reset()
     tracemalloc.start()
     vjp = sa.attention_vjp(q, k, v, causal=True)
-    vjp.pullback(vjp.out)
+    assert np.isfinite(vjp.pullback(vjp.out).dq).all()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * arrays  # out, three gradients, rows; n_q x n_k would be 40 times that
+    return (peak + _core.peak_bytes() - before) / n
+
+
+@pytest.mark.parametrize("n", [16_384, pytest.param(65_536, marks=pytest.mark.nightly)])
+def test_memory_is_linear_in_the_length(n: int, clean_memory: None) -> None:
+    """out and three gradients are 256 bytes a token; n_q x n_k would be 64 KiB at least."""
+    assert bytes_a_token(n) <= 1.2 * bytes_a_token(n // 4)
+    assert bytes_a_token(n) <= 512

@@ -30,6 +30,7 @@ ROOMS = [
     + ["sdpa", "merge", "gradients", "cache", "kept", "decode", "packed"],
     ["variants"],
     ["integrations"],
+    ["use"],
     ["models"],
     ["training", "evaluation", "plots"],
     ["experiments"],

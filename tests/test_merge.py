@@ -23,7 +23,8 @@ def make_parts(dtype: Any = np.float64, lead: tuple[int, ...] = (2,), n: int = 3
     lses = 2 * rng.standard_normal((n, *lead, 3, 70))
     lses[rng.random(lses.shape) < 0.2] = -np.inf
     lses[:, ..., 7] = -np.inf
-    lses[1:, ..., 8] = -np.inf
+    lses[:, ..., 8] = -np.inf
+    lses[0, ..., 8] = 1.5
     outs[np.isneginf(lses)] = 0
     return [(o.astype(dtype), x.astype(dtype)) for o, x in zip(outs, lses, strict=True)]
 
@@ -50,7 +51,7 @@ def test_gradients_are_slopes() -> None:
                 moved: list[Any] = [list(part) for part in parts]
                 moved[at][which] = x + eps * step
                 out, lse = sa.merge(moved)
-                sides.append((out * dout).sum() + np.where(np.isneginf(lse), 0, lse * dlse).sum())
+                sides.append((out * dout).sum() + (np.where(np.isneginf(lse), 0, lse) * dlse).sum())
             want = (sides[0] - sides[1]) / 2e-6
             got = (grads[at][which] * step).sum()
             assert abs(got - want) <= 1e-5 + 1e-3 * abs(want)

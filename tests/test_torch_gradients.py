@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from types import ModuleType
@@ -274,6 +276,30 @@ def test_transforms_of_torch_are_refused(torch: ModuleType) -> None:
     q, k, v = (x.detach() for x in leaves(torch, (2, 4, 2, 9, 11, 16, 8)))
     with pytest.raises(sa.NotSupported, match="q is a tensor without memory"):
         torch.func.grad(lambda x: sa.attention(x, k, v).sum())(q)
+
+
+PEAK = """
+import resource, sys, torch, sparseattn
+attend = {"sa": sparseattn, "torch": torch.nn.functional}[sys.argv[1]].scaled_dot_product_attention
+x = torch.randn(1, 2, 64, 64).requires_grad_()
+attend(x, x, x, is_causal=True).sum().backward()
+q, k, v, dout = (torch.randn(1, 12, 4096, 64) for _ in range(4))
+q, k, v = (x.requires_grad_() for x in (q, k, v))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attend(q, k, v, is_causal=True).backward(dout)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.nightly
+def test_peak_memory_is_at_most_that_of_torch(torch: ModuleType) -> None:
+    """12 heads of 4,096 tokens, forward and backward, in processes of their own."""
+
+    def peak(which: str) -> int:
+        child = [sys.executable, "-c", PEAK, which]
+        return int(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+
+    assert peak("sa") <= peak("torch")
 
 
 @pytest.mark.nightly

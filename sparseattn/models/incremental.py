@@ -55,7 +55,7 @@ class Incremental:
     model : Model
     specs : sequence of Variant
         One a layer.
-    prompts : sequence of sequences of int
+    prompts : sequence of arrays of int
         Checked ids, each at least one.
 
     Attributes
@@ -65,10 +65,10 @@ class Incremental:
     """
 
     def __init__(
-        self, model: Model, specs: Sequence[Variant], prompts: Sequence[Sequence[int]]
+        self, model: Model, specs: Sequence[Variant], prompts: Sequence[NDArray[np.int64]]
     ) -> None:
         self.model, self.network = model, model._network
-        self.waiting: Sequence[Sequence[int]] | None = prompts
+        self.waiting: Sequence[NDArray[np.int64]] | None = prompts
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         self.groups = [Group(members, specs) for members in grouped(self.lengths, specs)]
         self.scratch = Scratch()

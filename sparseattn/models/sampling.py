@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +67,11 @@ class Sampler:
         self.how = how
         self.streams: list[np.random.Generator] = []
         if how.temperature > 0:
-            seed = np.random.SeedSequence().entropy if how.seed is None else how.seed
+            seed = secrets.randbits(63) if how.seed is None else how.seed
             seen: dict[tuple[int, ...], int] = {}
             for prompt in map(tuple, prompts):
                 seen[prompt] = seen.get(prompt, -1) + 1
-                self.streams.append(stream(int(seed) % 2**64, seen[prompt]))
+                self.streams.append(stream(seed, seen[prompt]))
 
     def __call__(self, logits: NDArray[np.float32], prompts: Sequence[int]) -> list[int]:
         """A token for each row of logits, the rows being those of these prompts."""
