@@ -3,65 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from measure import Ask, Worker, interleave, ratio
-
-
-@dataclass
-class Result:
-    """One line: what was measured, the ratio with its quartiles, and the floor it has to reach."""
-
-    row: str
-    what: str
-    unit: str
-    median: float
-    low: float
-    high: float
-    floor: float
-    at_most: bool = False
-    note: str = ""
-
-    @property
-    def reached(self) -> bool:
-        return self.median <= self.floor if self.at_most else self.median >= self.floor
-
-
-class Bench:
-    """Workers started when first asked for, and the number of rounds."""
-
-    def __init__(self, rounds: int, core: str = "") -> None:
-        self.rounds, self.core = rounds, core
-        self.workers: dict[tuple[int, str], Worker] = {}
-
-    def worker(self, threads: int = 1, library: str = "sparseattn") -> Worker:
-        """One worker a library and thread count."""
-        key = (threads, library)
-        if key not in self.workers:
-            env = {"OPENBLAS_NUM_THREADS": str(threads), "SPARSEATTN_NUM_THREADS": str(threads)}
-            if self.core:
-                env["OPENBLAS_CORETYPE"] = self.core
-            self.workers[key] = Worker(threads, library, env)
-        return self.workers[key]
-
-    def run(self, asks: dict[str, Ask], gap: float = 0.0) -> dict[str, list[float]]:
-        return interleave(asks, self.rounds, gap)
-
-    def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
-
-
-def pairs(n: int, causal: bool, window: int = 0) -> float:
-    """Visible (query, key) pairs of one head."""
-    if window:
-        return n * window - window * (window - 1) / 2 if n >= window else n * (n + 1) / 2
-    return n * (n + 1) / 2 if causal else float(n) * n
-
-
-def flops(heads: int, n: int, dim: int, causal: bool) -> float:
-    """Useful flops: the causal half counts half."""
-    return 4.0 * pairs(n, causal) * dim * heads
+from bench import Bench, Result, fastest, flops, pairs
+from grad_rows import GRAD_ROWS
+from measure import Ask, interleave, ratio
 
 
 def dense_rows(bench: Bench) -> Iterator[Result]:
@@ -188,9 +133,7 @@ def torch_rows(bench: Bench) -> Iterator[Result]:
                 asks = {"ours": Ask(bench.worker(threads), "ours_call", args)}
                 asks |= {f"torch{i}": Ask(r, "torch_sdpa", args) for i, r in enumerate(rivals)}
                 found = bench.run(asks, gap=0.02)
-                best = min(
-                    (found[k] for k in found if k != "ours"), key=lambda x: sorted(x)[len(x) // 2]
-                )
+                best = fastest(found, "torch")
                 kind = "causal" if causal else "full"
                 what = f"over PyTorch SDPA, {kind} N={n} H={args['heads']} T{threads}"
                 yield Result("4", what, "x", *ratio(best, found["ours"]), floor[causal])
@@ -230,12 +173,32 @@ def torch_sparse_rows(bench: Bench) -> Iterator[Result]:
         )
 
 
+def mass_rows(bench: Bench) -> Iterator[Result]:
+    """What a forward costs that also gives the mass of its keys, or the largest weights of rows."""
+    args = {"heads": 1, "n": 65536, "dim": 64}
+    for word, most in (("mass", 1.6), ("topn:16", 2.0)):
+        forward, both = (
+            Ask(bench.worker(2), "weights", {**args, "word": x}) for x in (False, word)
+        )
+        found = interleave({"forward": forward, "both": both}, min(bench.rounds, 5))
+        yield Result(
+            "w",
+            f"forward and {word} over forward, causal N=65536 H=1 T2",
+            "x",
+            *ratio(found["both"], found["forward"]),
+            most,
+            True,
+        )
+
+
 ROWS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "dense": dense_rows,
     "threads": thread_rows,
     "sparse": sparse_rows,
     "select": select_rows,
     "dispatch": dispatch_rows,
+    "mass": mass_rows,
     "torch": torch_rows,
     "torch-sparse": torch_sparse_rows,
+    **GRAD_ROWS,
 }

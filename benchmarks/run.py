@@ -19,27 +19,20 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+import exact
 import numpy as np
+from bench import Bench, Result
 from cases import CASES, Case
 from measure import idle_share
-from rows import ROWS, Bench, Result
+from rows import ROWS
 
-CEILING = 2e-6  # largest error of a forward against float64, unit-normal inputs
-
-
-def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Masked softmax attention in float64; rows that see nothing are 0."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
-    s = np.where(mask, q.astype(np.float64) @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]), -np.inf)
-    top = s.max(-1, keepdims=True)
-    p = np.exp(s - np.where(np.isfinite(top), top, 0.0))
-    total = p.sum(-1, keepdims=True)
-    return np.divide(p, total, out=np.zeros_like(p), where=total > 0) @ v
+# Largest errors against float64, unit-normal inputs, of the output and of the gradients.
+CEILINGS = (2e-6, 5e-6)
 
 
-def gate(case: Case) -> float:
-    """Largest error of the case at a small shape, over every instruction set of this machine."""
+def gate(case: Case) -> tuple[float, float]:
+    """Largest errors of out and of dq, dk, dv at a small shape, over every instruction set of this
+    machine."""
     import sparseattn as sa
     from sparseattn import _core
 
@@ -52,24 +45,31 @@ def gate(case: Case) -> float:
     blocks = -(-n // 64)
     params = {"layout": rng.random((1, blocks, blocks)) < max(share, 0.3)} if share else None
     cu = np.linspace(0, n, case.sequences + 1).astype(int) if case.sequences > 1 else None
-    worst, before = 0.0, _core.isa()
+    dout = rng.standard_normal(q.shape, dtype=np.float32)
+    errors, before = [], _core.isa()
     for isa in _core.isas():
         _core.set_isa(isa)
         plan = sa.plan(q, k, case.spec, causal=case.causal, params=params, cu_seqlens=cu)
-        got = sa.attention(q, k, v, plan, causal=case.causal)
-        worst = max(worst, float(np.abs(got - reference(q, k, v, plan.to_mask())).max()))
+        vjp = sa.attention_vjp(q, k, v, plan, causal=case.causal)
+        out, grads = exact.attention(q, k, v, plan.to_mask(), dout)
+        forward = exact.largest_error([vjp.out], [out])
+        backward = exact.largest_error(vjp.pullback(dout)[:3], grads)
+        errors.append((forward, backward))
     _core.set_isa(before)
-    return worst
+    forward, backward = np.max(errors, axis=0)
+    return float(forward), float(backward)
 
 
 def check() -> bool:
     """The gate over all cases; prints one line each."""
     good = True
     for case in CASES:
-        error = gate(case)
-        good &= error <= CEILING
+        forward, backward = gate(case)
+        holds = forward <= CEILINGS[0] and backward <= CEILINGS[1]
+        good &= holds
         print(
-            f"  {case.name:<20} largest error {error:.1e}  {'ok' if error <= CEILING else 'WRONG'}"
+            f"  {case.name:<20} largest error {forward:.1e}, of gradients {backward:.1e}  "
+            f"{'ok' if holds else 'WRONG'}"
         )
     print(f"{len(CASES)} passed, 0 failed" if good else "correctness gate failed")
     return good

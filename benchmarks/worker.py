@@ -21,10 +21,19 @@ import numpy as np
 Call = Callable[[], Any]
 
 
-def qkv(heads: int, n_q: int, n_k: int, dim: int, kv_heads: int | None = None) -> list[np.ndarray]:
-    """Unit-normal float32 q, k, v of one batch."""
+def qkv(
+    heads: int,
+    n_q: int,
+    n_k: int,
+    dim: int,
+    kv_heads: int | None = None,
+    *,
+    with_dout: bool = False,
+) -> list[np.ndarray]:
+    """Unit-normal float32 q, k, v of one batch, and dout."""
     rng = np.random.default_rng(0)
-    rows = ((heads, n_q), (kv_heads or heads, n_k), (kv_heads or heads, n_k))
+    rows = [(heads, n_q), (kv_heads or heads, n_k), (kv_heads or heads, n_k)]
+    rows += [(heads, n_q)] * with_dout
     return [rng.standard_normal((1, h, n, dim), dtype=np.float32) for h, n in rows]
 
 
@@ -50,6 +59,36 @@ def ours(
     return lambda: sa.attention(q, k, v, plan, causal=causal, out=out)
 
 
+def grad(
+    heads: int, n: int, dim: int, causal: bool = False, spec: str | None = None, share: float = 0.0
+) -> Call:
+    """The kernels of the backward, into arrays that are there; plan and forward are not timed."""
+    import sparseattn as sa
+    from sparseattn import _core
+
+    q, k, v, dout = qkv(heads, n, n, dim, with_dout=True)
+    params = {"layout": layout(1, n, 64, share)} if share else None
+    plan = sa.plan(q, k, sa.parse(spec or "dense"), causal=causal, params=params)
+    out, lse = sa.attention(q, k, v, plan, causal=causal, return_lse=True)
+    delta, into = np.empty_like(lse), [np.empty_like(x) for x in (q, k, v)]
+    (piece,) = plan.pieces
+
+    def call() -> None:
+        _core.attend_delta(out, dout, None, delta)
+        _core.attend_grad(q, k, v, piece.core, plan.problem, dout, lse, delta, *into, None)
+
+    return call
+
+
+def grad_call(heads: int, n: int, dim: int, causal: bool = False, spec: str | None = None) -> Call:
+    """The pullback of sparseattn.attention_vjp as a user calls it; the forward is not timed."""
+    import sparseattn as sa
+
+    q, k, v, dout = qkv(heads, n, n, dim, with_dout=True)
+    vjp = sa.attention_vjp(q, k, v, spec, causal=causal)
+    return lambda: vjp.pullback(dout)
+
+
 def ours_call(heads: int, n: int, dim: int, causal: bool = False, spec: str | None = None) -> Call:
     """sparseattn.attention as a user calls it: planning included."""
     import sparseattn as sa
@@ -57,6 +96,16 @@ def ours_call(heads: int, n: int, dim: int, causal: bool = False, spec: str | No
     q, k, v = qkv(heads, n, n, dim)
     chosen = sa.parse(spec or "dense")
     return lambda: sa.attention(q, k, v, chosen, causal=causal)
+
+
+def weights(heads: int, n: int, dim: int, word: str | bool) -> Call:
+    """A causal call that gives weights as ``word`` says; False: the forward alone."""
+    import sparseattn as sa
+
+    q, k, v = qkv(heads, n, n, dim)
+    out = np.empty_like(q)
+    plan = sa.plan(q, k, causal=True)
+    return lambda: sa.attention(q, k, v, plan, causal=True, out=out, return_weights=word)
 
 
 def sgemm(n: int = 1024, threads: int = 1) -> Call:
@@ -103,9 +152,9 @@ def select(n: int, count: int, quick: bool = False) -> Call:
     return lambda: _core.bench_select(rows, count, quick)
 
 
-def idle(heads: int, n: int, dim: int, causal: bool = False) -> Call:
-    """One call after 60 ms of sleep; the sleep is not timed."""
-    call = ours(heads, n, dim, causal)
+def idle(heads: int, n: int, dim: int, causal: bool = False, of: str = "ours") -> Call:
+    """One call of another job after 60 ms of sleep; the sleep is not timed."""
+    call = JOBS[of](heads, n, dim, causal)
 
     def timed() -> float:
         time.sleep(0.06)
@@ -114,6 +163,23 @@ def idle(heads: int, n: int, dim: int, causal: bool = False) -> Call:
         return time.perf_counter() - start
 
     return timed
+
+
+def error(n: int, dim: int, causal: bool, backward: bool) -> Call:
+    """Largest error of out, or of dq, dk and dv, against float64; two heads."""
+    import exact
+
+    import sparseattn as sa
+
+    q, k, v, dout = qkv(2, n, n, dim, with_dout=True)
+    out, grads = exact.attention(q, k, v, sa.plan(q, k, causal=causal).to_mask(), dout)
+
+    def call() -> float:
+        vjp = sa.attention_vjp(q, k, v, causal=causal)
+        ours = vjp.pullback(dout)[:3] if backward else (vjp.out,)
+        return exact.largest_error(ours, grads if backward else (out,))
+
+    return call
 
 
 def torch_sdpa(heads: int, n: int, dim: int, causal: bool = False, window: int = 0) -> Call:
@@ -127,6 +193,17 @@ def torch_sdpa(heads: int, n: int, dim: int, causal: bool = False, window: int =
     at = torch.arange(n)
     mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
     return lambda: sdpa(q, k, v, attn_mask=mask)
+
+
+def torch_grad(heads: int, n: int, dim: int, causal: bool = False) -> Call:
+    """The gradients of q, k and v by PyTorch's autograd; the forward is not timed."""
+    import torch
+
+    *inputs, dout = (torch.from_numpy(x) for x in qkv(heads, n, n, dim, with_dout=True))
+    for x in inputs:
+        x.requires_grad_()
+    out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=causal)
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
 
 def torch_flex(heads: int, n: int, dim: int, window: int) -> Call:
@@ -146,9 +223,12 @@ def torch_flex(heads: int, n: int, dim: int, window: int) -> Call:
 
 JOBS: dict[str, Callable[..., Call]] = {
     f.__name__: f
-    for f in (ours, ours_call, sgemm, fma, dispatch, select, idle, torch_sdpa, torch_flex)
+    for f in (
+        *(ours, ours_call, grad, grad_call, weights, sgemm, fma, dispatch, select, idle, error),
+        *(torch_sdpa, torch_grad, torch_flex),
+    )
 }
-REPORTS_ITSELF = {"fma", "dispatch", "select", "idle"}
+REPORTS_ITSELF = {"fma", "dispatch", "select", "idle", "error"}
 
 
 def measure(name: str, call: Call, seconds: float) -> dict[str, Any]:

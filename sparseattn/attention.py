@@ -36,6 +36,7 @@ KEYWORDS = (
     *("params", "causal", "scale", "mask", "key_mask", "bias", "softcap", "dropout_p", "seed"),
     *("cu_seqlens", "cache", "return_lse", "return_weights", "out"),
 )
+NEAR = 32.0  # log-sum-exps up to which it does not matter that tiles and rows round scores apart
 
 
 class OutLse(NamedTuple):
@@ -160,15 +161,25 @@ def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) ->
         k = np.concatenate([k, one], -1)
         problem = problem._replace(scale=1.0)
     ((dense, *_),) = build(parse("dense"), q, k, problem, None)
-    nothing = np.broadcast_to(np.zeros(1, lse.dtype), (*k.shape[:3], 1))
-    kept, full, ignored = (np.empty(s, lse.dtype) for s in (lse.shape, lse.shape, (*lse.shape, 1)))
-    _core.attend(q, k, nothing, piece.core, problem, ignored, kept)
-    _core.attend(q, k, nothing, dense, problem, ignored, full)
+    kept, full = (row_lse(core, q, k, problem) for core in (piece.core, dense))
+    far = np.abs(shift) > NEAR
+    if far.any():  # the same keys as dense, but row by row as the kept ones are
+        rows = _core.plan_combine(dense, piece.core, "union")
+        np.copyto(full, row_lse(rows, q, k, problem), where=far)
     if sink is not None:
         full = np.logaddexp(full, sink[:, None] - shift)
     np.add(full, shift, out=lse)
     mass: Array = np.where(np.isneginf(full), full.dtype.type(0), np.exp(kept - full))
     return mass
+
+
+def row_lse(core: _core.Plan, q: Array, k: Array, problem: Problem) -> Array:
+    """The log-sum-exp alone of attention over a plan."""
+    real = real_type(q.dtype)
+    nothing = np.broadcast_to(np.zeros(1, real), (*k.shape[:3], 1))
+    ignored, lse = np.empty((*q.shape[:3], 1), real), np.empty(q.shape[:3], real)
+    _core.attend(q, k, nothing, core, problem._replace(dropout_p=0.0), ignored, lse)
+    return lse
 
 
 def attention(
@@ -204,6 +215,8 @@ def attention(
         Shapes (..., heads, n_q, dim), (..., kv_heads, n_k, dim), (..., kv_heads, n_k, dim_v). One
         dtype: float32, float64, or float16 and bfloat16 (computed in float32). ``kv_heads``
         divides ``heads``. NumPy arrays, torch CPU tensors, anything with ``__array__`` or DLPack.
+        Through tensors gradients flow, to ``bias`` and ``params["sink"]`` as well; of arrays,
+        :func:`attention_vjp` gives them.
     spec : spec, str or Plan
         Which keys: ``sa.TopK(16)``, ``"window:64"``, a plan. None is dense.
     params : mapping of str to array
@@ -225,7 +238,8 @@ def attention(
     dropout_p : float
         Share of the weights that become 0, the others growing by ``1 / (1 - dropout_p)``.
     seed : int
-        Which they are: the same seed drops the same weights. None draws one for this call.
+        Which they are: the same seed drops the same weights. None draws one for this call, for
+        tensors by PyTorch's generator.
     cu_seqlens : array of int, shape (sequences + 1,), or a pair (cu_q, cu_k) of them
         Several sequences packed on the length axis: where each begins, then the length; rising
         from 0. Rows see their own sequence alone, and positions, causality, windows, sinks and

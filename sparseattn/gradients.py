@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparseattn import _core
-from sparseattn.attention import KEYWORDS, Call, read_call, run, run_piece
+from sparseattn.attention import (
+    KEYWORDS,
+    Call,
+    kept_mass,
+    read_call,
+    row_lse,
+    run,
+    run_piece,
+)
 from sparseattn.errors import ArgumentError, DtypeError, NotSupported
-from sparseattn.half import real_type
+from sparseattn.half import is_half, real_type, widen
 from sparseattn.inputs import (
     SINK,
     Operands,
@@ -86,8 +94,8 @@ def attention_vjp(
     Parameters
     ----------
     q, k, v, spec, params, causal, scale, mask, key_mask, bias, softcap, dropout_p, seed, cu_seqlens
-        As in :func:`attention`. The arrays are read again by the pullback: leave them unchanged
-        until its last call.
+        As in :func:`attention`. The arrays are read again by the pullback, as ``out`` and ``lse``
+        are: leave them unchanged until its last call.
 
     Returns
     -------
@@ -394,7 +402,7 @@ def pull_piece(piece: Piece, back: Pass) -> Pass:
     """The gradients of one piece; gives back the pass whose rows its sinks are in."""
     if piece.straight_through:
         # fwd: out = p_kept v; scores take the gradient of the row that sees all
-        back._replace(dq=None, dk=None, dbias=None).over(piece.core)
+        kept_pass(piece, back)._replace(dq=None, dk=None, dbias=None).over(piece.core)
         whole = dense_piece(back)
         out = np.empty((*back.lse.shape, back.v.shape[3]), back.q.dtype)
         lse = np.empty_like(back.lse)
@@ -404,17 +412,32 @@ def pull_piece(piece: Piece, back: Pass) -> Pass:
         back.over(whole.core)
     elif piece.full_row:
         # fwd: out = sum over kept j of p_j v_j, p = exp(s - lse) of the row that sees all
-        kept = back._replace(delta=np.zeros_like(back.delta))
-        kept.over(piece.core)
+        kept_pass(piece, back).over(piece.core)
+        dense = dense_piece(back).core
+        lse = row_lse(dense, back.q, back.k, back.problem)  # rounded as the scores are, see below
         rest = back._replace(
-            dout=None, dq=empty_as(back.dq), dk=empty_as(back.dk), dv=None, dlse=None
+            dout=None, lse=lse, dq=empty_as(back.dq), dk=empty_as(back.dk), dv=None
         )
-        rest.over(dense_piece(back).core)
+        rest.over(dense)
         add(back.dq, rest.dq)
         add(back.dk, rest.dk)
     else:
         back.over(piece.core)
     return back
+
+
+def kept_pass(piece: Piece, back: Pass) -> Pass:
+    """The pass over the kept keys. Where weights are those of the full row, they are taken as
+    exp(s - lse_kept) times a mass: near scores of 1e4 the full lse of another call says little."""
+    if not piece.full_row:
+        return back
+    problem = back.problem._replace(dropout_p=0.0)
+    lse = row_lse(piece.core, back.q, back.k, problem._replace(sink=None))
+    with np.errstate(all="ignore"):
+        mass = kept_mass(piece, back.q, back.k, problem, lse.copy())[..., None]
+        dout = widen(back.dout) if back.dout is not None and is_half(back.dout) else back.dout
+        dout = None if dout is None else dout * mass
+    return back._replace(dout=dout, lse=lse, delta=np.zeros_like(back.delta))
 
 
 def dense_piece(back: Pass) -> Piece:

@@ -58,6 +58,18 @@ def attend(
     return out, lse
 
 
+def attend_grad(q: Array, k: Array, v: Array, parts: Any, dbias: bool = False) -> list[Array]:
+    """dq, dk, dv and perhaps dbias, for a dout that is out itself."""
+    bias = np.zeros((B, H, NQ, NK), q.dtype) if dbias else None
+    of = problem(bias=bias)
+    out, lse = attend(q, k, v, parts, of)
+    delta = np.empty_like(lse)
+    _core.attend_delta(out, out, None, delta)
+    grads = [np.empty_like(x) for x in (q, k, v)] + ([np.zeros_like(bias)] if dbias else [])
+    _core.attend_grad(q, k, v, parts, of, out, lse, delta, *grads, *[None] * (4 - len(grads)))
+    return grads
+
+
 def entries() -> dict[str, Callable[[], Any]]:
     """A small call of every entry that allocates."""
     q, k, v = make()
@@ -66,6 +78,7 @@ def entries() -> dict[str, Callable[[], Any]]:
     dense, topk, masked = build("dense", q, k), build("topk", q, k), _core.plan_from_mask(mask)
     intervals = np.zeros((1, NQ), np.int64), np.arange(1, NQ + 1)[None]
     arrays, (out, lse) = topk.arrays(), attend(q, k, v)
+    given, index = (q, k, v, dense, problem()), np.empty((B, H, NQ, 5), np.int64)
     calls: dict[str, Callable[[], Any]] = {
         f"build {name}": lambda name=name: build(name, q, k, problem(1, mask, None, key_mask))
         for name in _core.variants()
@@ -76,6 +89,13 @@ def entries() -> dict[str, Callable[[], Any]]:
         "attend masked": lambda: attend(q, k, v, masked, problem(0)),
         "attend parts": lambda: attend(q, k, v, ((dense, 0, 2), (topk, 2, H))),
         "attend row": lambda: attend(q[:, :, -1:], k, v),
+        "mass": lambda: _core.attend_mass(*given, lse, np.empty((B, H, NK), q.dtype)),
+        "topn": lambda: _core.attend_topn(*given, lse, np.empty((B, H, NQ, 5), q.dtype), index),
+        "attend_grad dense": lambda: attend_grad(q, k, v, dense, dbias=True),
+        "attend_grad topk": lambda: attend_grad(q, k, v, topk),
+        "merge_grad": lambda: _core.merge_grad(
+            *(out, lse, out, lse, out, lse, np.empty_like(out), np.empty_like(lse))
+        ),
         "from_mask": lambda: _core.plan_from_mask(mask),
         "from_arrays": lambda: _core.plan_from_arrays(arrays),
         "from_intervals": lambda: _core.plan_from_intervals(*intervals, NK, B, H),

@@ -242,7 +242,8 @@ def test_only_regular_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("pad", [0, 1, 2])
 def test_values_of_every_weight_type(mmap: bool, pad: int, tmp_path: Path) -> None:
-    """Exact widening, at any alignment; zeros, subnormals, infinities and NaN among the values."""
+    """As stored and widened exactly, at any alignment; zeros, subnormals, infinities and NaN among
+    the values. Vectors are widened at once."""
     f32 = np.array([0.0, -0.0, 1.5, -(2.0**-149), 3e38, np.inf, -np.inf, np.nan], np.float32)
     f16 = np.array([0.0, -0.0, 65504, 2.0**-24, -(2.0**-14), np.inf, -np.inf, np.nan], np.float16)
     b16 = np.array([0, 0x8000, 0x3F80, 0x0001, 0x7F7F, 0x7F80, 0xFF80, 0x7FC0], np.uint16)
@@ -251,6 +252,8 @@ def test_values_of_every_weight_type(mmap: bool, pad: int, tmp_path: Path) -> No
     for dtype, values in parts.items():
         end = len(data) + values.nbytes
         header[dtype] = entry(len(data), end, [2, 4], dtype)
+        data += values.tobytes()
+        header[f"{dtype} vector"] = entry(end, end + values.nbytes, [8], dtype)
         data += values.tobytes()
     raw = json.dumps(header).encode()
     path = tmp_path / "model.safetensors"
@@ -264,12 +267,20 @@ def test_values_of_every_weight_type(mmap: bool, pad: int, tmp_path: Path) -> No
         "F64": f32,
     }
     for dtype, want in wide.items():
-        got = file.read(dtype)
-        assert got.dtype == np.float32 and got.shape == (2, 4) and got.flags.aligned
+        kept = file.read(dtype)
+        assert kept.dtype == (parts[dtype].dtype if parts[dtype].itemsize == 2 else np.float32)
+        if kept.dtype != np.float32:
+            np.testing.assert_array_equal(kept.view(np.uint16).ravel(), parts[dtype].view("u2"))
+            np.testing.assert_array_equal(file.read(f"{dtype} vector"), want)
+            assert file.read(f"{dtype} vector").dtype == np.float32
+        got = file.read(dtype, wide=True)
+        assert got.dtype == np.float32
         np.testing.assert_array_equal(got.ravel(), want)
         assert (np.signbit(got.ravel()) == np.signbit(want)).all()
-        with pytest.raises(ValueError, match="read-only"):
-            got[0, 0] = 1
+        for array in (kept, got):
+            assert array.shape == (2, 4) and array.flags.aligned
+            with pytest.raises(ValueError, match="read-only"):
+                array[0, 0] = 1
     with pytest.raises(FileError, match="tensor 'pad' has dtype U8: save the weights as one of"):
         file.read("pad")
 

@@ -89,10 +89,17 @@ from sparseattn import _core
 n = 30_000
 q = np.random.default_rng(0).standard_normal((1, 4, n, 64))
 out, free = np.empty_like(q), problem(0)
+rows, grads = np.zeros(q.shape[:3]), [np.empty_like(q) for _ in range(3)]
+top, keys = np.zeros((*rows.shape, 16)), np.zeros((*rows.shape, 16), np.int64)
 few = q[:, :, :64]
 small = build("dense", few, few, free)
 kernels = {
     "attend": lambda: _core.attend(q, q, q, dense, free, out, None),
+    "attend_grad": lambda: _core.attend_grad(
+        q, q, q, dense, free, q, rows, rows, *grads, None
+    ),
+    "attend_mass": lambda: _core.attend_mass(q, q, q, dense, free, rows, top[..., 0]),
+    "attend_topn": lambda: _core.attend_topn(q, q, q, dense, free, rows, top, keys),
     "plan_build": lambda: build("topk", q, q, free),
     "score_rows": lambda: [_core.score_rows(q, q, free, 0, 0, i, i + 5000) for i in (0, 5000) * 9],
     "count": lambda: [dense.count(2) for _ in range(10**9)],
@@ -117,7 +124,10 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("kernel", ["attend", "plan_build", "score_rows", "count"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["attend", "attend_grad", "attend_mass", "attend_topn", "plan_build", "score_rows", "count"],
+)
 def test_ctrl_c_ends_a_kernel(kernel: str) -> None:
     """KeyboardInterrupt within 0.2 s of the signal; the pool and the memory are as before."""
     repeats, rng = 5, np.random.default_rng(0)

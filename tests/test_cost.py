@@ -180,7 +180,7 @@ def clock(monkeypatch):
     return start
 
 
-def empty_heads(shape, length, seed):
+def empty_heads(shape, length, seed, n_q=None):
     """Shapes without memory."""
     one = np.zeros(1, np.float32)
     return tuple(

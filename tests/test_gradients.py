@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -261,6 +262,29 @@ def test_a_spec_and_its_plan_have_one_gradient() -> None:
             assert got.tobytes() == want.tobytes(), spec
 
 
+def test_packed_sequences_have_the_gradients_of_each() -> None:
+    q, k, v = make_qkv((2, 6, 2, 70, 70, 16, 24), np.float64)
+    bias = np.random.default_rng(0).standard_normal((6, 70, 70))
+    params = {"sink": np.linspace(-1, 1, 6)}
+    cuts = [0, 13, 13, 40, 70]
+    for spec in ("dense", "window:9", "topk:7:placement=post", "topk:7:gradient=straight_through"):
+        packed = sa.attention_vjp(
+            q, k, v, spec, causal=True, bias=bias, params=params, cu_seqlens=cuts
+        )
+        dout = np.random.default_rng(1).standard_normal(packed.out.shape)
+        got = gradients_of(packed, dout, None)
+        want: dict[str, Any] = {name: np.zeros_like(x) for name, x in got.items()}
+        for begin, end in itertools.pairwise(cuts):
+            at = np.s_[:, :, begin:end]
+            own = bias[:, begin:end, begin:end]
+            one = sa.attention_vjp(q[at], k[at], v[at], spec, causal=True, bias=own, params=params)
+            for name, x in gradients_of(one, dout[at], None).items():
+                to = {"dbias": np.s_[:, begin:end, begin:end], "dsink": np.s_[:]}.get(name, at)
+                want[name][to] += x
+        for name, x in want.items():
+            np.testing.assert_allclose(got[name], x, rtol=1e-11, atol=1e-12, err_msg=name)
+
+
 def test_same_bits_for_any_number_of_threads(with_threads: Callable[[int], None]) -> None:
     for spec in EVERY_SPEC:
         shape = fit(spec, (2, 6, 2, 130, 150, 16, 24))
@@ -375,6 +399,31 @@ def test_a_nan_row_reaches_its_keys_alone(spec: Variant, where: str) -> None:
     for name in ("dk", "dv"):
         assert got[name][keys].tobytes() == clean[name][keys].tobytes(), name
         assert np.isnan(got[name][b, h // 3][kept]).all(), name
+
+
+@pytest.mark.promise("A6")
+@pytest.mark.parametrize("spec", ["dense", "topk:9", "topk:9:placement=post", "window:20:sinks=2"])
+@pytest.mark.parametrize("scale", [10.0, 1e3, 1e30])
+def test_large_scores(spec: str, scale: float) -> None:
+    """Weights of near-ties carry the rounding of their scores, as in any float32 program, and no
+    more: out and dv are as good as a naive run's, and gradients of scores are finite."""
+    q, k, v = make_qkv(SHAPE, seed=3)
+    kept, full = expected_rows(sa.parse(spec), q, k, {"causal": True}, scale=scale)
+    vjp = sa.attention_vjp(q, k, v, spec, causal=True, scale=scale)
+    dout = np.random.default_rng(0).standard_normal(vjp.out.shape).astype(np.float32)
+    got = vjp.pullback(dout)
+    assert all(np.isfinite(x).all() for x in (vjp.out, *got[:3]))
+    given = {"full": full, "scale": scale}
+    want, naive = (
+        (
+            ref.attention(q, k, v, kept, compute=compute, **given)[0],
+            ref_grad.gradients(q, k, v, kept, dout, compute=compute, **given).dv,
+        )
+        for compute in (np.float64, np.float32)
+    )
+    for ours, exact, plain in zip((vjp.out, got.dv), want, naive, strict=True):
+        error, bound = (np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, plain))
+        assert error <= 3 * bound + 1e-6, f"error {error:.3g}, naive {bound:.3g}"
 
 
 # ---- straight-through ----------------------------------------------------------------------------

@@ -320,6 +320,91 @@ def test_rows_of_large_weights_are_float32(half: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+EXTRAS: dict[str, Any] = {
+    "dropout": {"dropout_p": 0.3, "seed": 5},
+    "sinks": {"params": {"sink": np.linspace(-2, 2, 6).astype(np.float32)}},
+    "packed": {"cu_seqlens": (np.array([0, 30, 65]), np.array([0, 70, 131]))},
+    "mass": {"return_weights": "mass"},
+    "top weights": {"return_weights": "topn:4"},
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_else_a_call_does(extra: str, half: Any) -> None:
+    stored, wide = both(half, MORE[0])
+    for spec in ("dense", "window:20", "topk:9:placement=post"):
+        call = {"causal": True, "return_lse": True, **EXTRAS[extra]}
+        got, want = (sa.attention(*x, spec, **call) for x in (stored, wide))
+        assert_same_half(got.out, want.out)
+        np.testing.assert_array_equal(got.lse, want.lse)
+        if got.weights is not None:  # counts and shares: computed, so float32
+            for a, b in zip(np.atleast_1d(got.weights), np.atleast_1d(want.weights), strict=True):
+                assert a.dtype == b.dtype != half
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["sink", "layout"])
+def test_arrays_of_params_may_be_half(name: str, half: Any) -> None:
+    """As any array they are widened; the core takes only what it asks for."""
+    q, k, v = both(half, MORE[0])[0]
+    values = np.linspace(-2, 2, 6).astype(half)
+    if name == "layout":
+        with pytest.raises(sa.DtypeError, match="layout must be bool"):
+            sa.attention(q, k, v, "blockmask:64", params={name: np.ones((1, 2, 3), half)})
+        return
+    got = sa.attention(q, k, v, params={name: values})
+    want = sa.attention(q, k, v, params={name: values.astype(np.float32)})
+    assert got.tobytes() == want.tobytes()
+
+
+def test_scaled_dot_product_attention(half: Any) -> None:
+    (q, k, v), (wide_q, wide_k, wide_v) = both(half, MORE[0])
+    mask = np.random.default_rng(4).standard_normal((65, 131)).astype(half)
+    got = sa.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    wide = (wide_q, wide_k, wide_v, mask.astype(np.float32))
+    assert_same_half(got, sa.scaled_dot_product_attention(*wide, enable_gqa=True))
+
+
+@pytest.mark.parametrize("shape", (MORE[0], (2, 6, 2, 1, 131, 40, 24)), ids=str)
+def test_the_backward_reads_halves(shape: tuple[int, ...], half: Any, isa: str) -> None:
+    """The core's gradients are float32, and those of the widened arrays to the bit."""
+    dout = np.random.default_rng(8).standard_normal((*shape[:2], shape[3], shape[6])).astype(half)
+    for spec in ("dense", "window:20", "topk:9"):
+        grads = []
+        for arrays in both(half, shape):
+            out, lse = sa.attention(*arrays, spec, causal=True, return_lse=True)
+            made = sa.plan(*arrays[:2], spec, causal=True)
+            out = out.astype(half)  # the same, rounded
+            given = [*arrays, out, dout]
+            if arrays[0].dtype != half:
+                given = [x.astype(np.float32) for x in given]
+            q, k, v, out, d = (x.view("u2") if x.dtype.name == "bfloat16" else x for x in given)
+            delta = np.empty(lse.shape, np.float32)
+            _core.attend_delta(out, d, None, delta)
+            into = [np.empty(x.shape, np.float32) for x in (q, k, v)]
+            core = made.pieces[0].core
+            _core.attend_grad(q, k, v, core, made.problem, d, lse, delta, *into, None)
+            grads.append([delta, *into])
+        for a, b in zip(*grads, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradients_come_in_half(spec: Any, half: Any) -> None:
+    """As of the widened arrays but for two roundings: of out, which delta reads, and their own."""
+    shape = fit(spec, (2, 6, 2, 33, 40, 16, 24))
+    stored, wide = both(half, shape)
+    call = {"causal": True, "params": make_params(spec, shape)}
+    got, want = (sa.attention_vjp(*x, spec, **call) for x in (stored, wide))
+    dout = np.random.default_rng(8).standard_normal(got.out.shape).astype(half)
+    ours, theirs = got.pullback(dout, None), want.pullback(dout.astype(np.float32), None)
+    eps = 2.0**-11 if half is np.float16 else 2.0**-8
+    for a, b in zip(ours[:3], theirs[:3], strict=True):
+        assert a.dtype == half
+        error = np.abs(a.astype(np.float32) - b)
+        assert (error <= eps * (np.abs(b) + 2 * np.abs(b).max())).all()
+
+
 def test_merge_of_halves(half: Any) -> None:
     (q, k, v), _ = both(half, (2, 4, 2, 33, 70, 16, 24))
     cuts = [slice(0, 30), slice(30, 31), slice(31, 70)]

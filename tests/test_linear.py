@@ -127,13 +127,17 @@ def test_later_rows_change_no_earlier_bit(engine: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_half_weights(kind: str, transposed: bool, dtype: Any, engine: str, isa: str) -> None:
+    """Half precision goes to the tiles, whatever else there is: the bits of a row depend on neither
+    the library nor the other rows, and are those of the widened weights there."""
     x, w, bias = make((70, 300, 205), dtype, transposed)
     bits = w.astype(np.float32).view(np.uint32) >> 16
     half = w.astype(np.float16) if kind == "f16" else bits.astype(np.uint16)
     wide = reference.widen(half.view(np.uint16), kind).astype(dtype)
     ours = linear(x, half, bias, transposed)
-    if engine == "tiles":
-        assert np.array_equal(ours, linear(x, wide, bias, transposed))
+    for row in (0, 7, 69):
+        assert np.array_equal(linear(x[row : row + 1], half, bias, transposed)[0], ours[row])
+    _core.set_blas_path(None)  # the fixture puts it back
+    assert np.array_equal(ours, linear(x, wide, bias, transposed))
     want = reference.linear(x, wide, bias, transposed=transposed)
     naive = reference.linear(x, wide, bias, transposed=transposed, compute=dtype)
     assert_no_worse(ours / dtype(16), want / 16, than=naive / dtype(16))

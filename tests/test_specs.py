@@ -175,7 +175,7 @@ def test_values_become_plain() -> None:
     spec = sa.Window(np.int64(5), sinks=np.int32(2), globals=np.array([9, 3]))
     assert spec == sa.Window(5, sinks=2, globals=(3, 9))
     assert {type(x) for x in (spec.size, spec.sinks, *spec.globals)} == {int}
-    assert repr(sa.TopK(np.int8(3))) == "TopK(k=3, placement='pre')"
+    assert repr(sa.TopK(np.int8(3))) == "TopK(k=3, placement='pre', gradient='selected')"
 
 
 def test_window_counts_the_query_itself() -> None:

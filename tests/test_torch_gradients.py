@@ -148,6 +148,9 @@ def test_all_inputs_get_what_attention_vjp_gives(torch: ModuleType) -> None:
     for a, b in zip(found, (dq, dk, dv, dbias, dparams["sink"]), strict=True):
         assert isinstance(b, torch.Tensor) and torch.equal(a, b)
     arrays = [x.detach().numpy() for x in (q, k, v)]
+    only = torch.autograd.grad(sa.attention(q, k, v, return_lse=True).lse.sum(), (q, k))
+    rows = sa.attention_vjp(q, k, v).pullback(None, torch.ones_like(lse))
+    assert torch.equal(only[0], rows.dq) and torch.equal(only[1], rows.dk)
     alone = torch.autograd.grad(sa.attention(q, k, v, causal=True)[0].sum(), k)
     assert (alone[0][1] == 0).all() and alone[0][
         0

@@ -49,12 +49,14 @@ def pack(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
 
 
-def pack_tensors(weights: Weights, dtype: str = "F32") -> bytes:
-    """An honest file; BF16 keeps the upper half of a float32, rounded to nearest even."""
+def pack_tensors(weights: Weights, dtypes: str | Mapping[str, str] = "F32") -> bytes:
+    """An honest file, of one type or one a tensor; BF16 keeps the upper half of a float32, rounded
+    to nearest even."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     chunks, at = [], 0
     for name, value in weights.items():
         value = np.ascontiguousarray(value, np.float32)
+        dtype = dtypes if isinstance(dtypes, str) else dtypes[name]
         if dtype == "BF16":
             chunk = bfloat16(value).tobytes()
         else:

@@ -66,10 +66,15 @@ row_addresses(const sa_group *g, const sa_key_tile *tile, const sa_view *v, int6
     for (int x = 0; x < tile->n; x++) {
         row[x] = base + tile->keys[x] * step;
     }
-    for (int x = 0; x < tile->n && !in_place; x++) {
+    for (int x = 0, n = 0; x < tile->n && !in_place; x += n) {
         char *const to = copy + (size_t)x * bytes;
-        g->call->tile->load_rows(to, dim, row[x], v->dtype, 0, 1, (int)dim, 1.0);
-        row[x] = to;
+        for (n = 1; x + n < tile->n && tile->keys[x + n] == tile->keys[x] + n;) {
+            n++; /* a run of keys */
+        }
+        g->call->tile->load_rows(to, dim, row[x], v->dtype, v->stride[2], n, (int)dim, 1.0);
+        for (int i = 0; i < n; i++) {
+            row[x + i] = to + (size_t)i * bytes;
+        }
     }
 }
 

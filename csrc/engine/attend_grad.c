@@ -122,7 +122,20 @@ clear_keys(const sa_grad_call *call, int64_t b, int64_t g, int64_t lo, int64_t h
     }
 }
 
-/* Rows of run x and keys of run (x + round) % runs of one kv head. */
+/* Block run x of heads [head, head + n) of one map, against the keys of the group. */
+static void
+run_blocks(sa_grad_group *gg, int64_t x, int64_t head, int64_t n)
+{
+    const int64_t n_blocks = gg->g.plan->n_blocks, runs = gg->call->runs;
+    const int64_t end = (x + 1) * n_blocks / runs;
+    gg->g.map = sa_plan_map(gg->g.plan, gg->g.b, head);
+    for (int64_t block = x * n_blocks / runs; block < end && !sa_stopped(gg->g.ctx); block++) {
+        sa_group_block(&gg->g, block, block + 1 == end, head, n);
+    }
+}
+
+/* Rows of run x and keys of run (x + round) % runs of one kv head, whose query heads may belong to
+ * several parts. */
 static sa_status
 grad_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {
@@ -132,33 +145,26 @@ grad_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     const int64_t g = task % call->kv_tasks % p->kv_heads, b = task % call->kv_tasks / p->kv_heads;
     const int64_t group = p->heads / p->kv_heads, y = (x + call->round) % call->runs;
     const int64_t lo = y * call->run_keys, hi = SA_MIN(lo + call->run_keys, p->n_k);
-    sa_grad_group gg;
-    const sa_part *part;
-    const sa_status status = sa_grad_group_begin(ctx, call, b, g * group, worker, &gg, &part);
-    if (status != SA_OK) {
-        return status;
-    }
+    sa_status status = SA_OK;
     if (call->round == 0) {
         clear_keys(call, b, g, lo, hi);
     }
     if (lo >= hi && call->round > 0) {
         return SA_OK;
     }
-    gg.sums = call->grads->dk.data != NULL || call->grads->dv.data != NULL;
-    gg.g.key_lo = (int32_t)SA_MIN(lo, p->n_k);
-    gg.g.key_hi = (int32_t)SA_MAX(hi, gg.g.key_lo);
-    const int64_t heads = sa_part_heads(p, part), n_blocks = gg.g.plan->n_blocks;
-    for (int64_t head = g * group; head < (g + 1) * group; head += heads) {
-        gg.g.map = sa_plan_map(gg.g.plan, b, head);
-        const int64_t end = (x + 1) * n_blocks / call->runs;
-        for (int64_t block = x * n_blocks / call->runs; block < end; block++) {
-            if (sa_stopped(ctx)) {
-                return SA_OK;
-            }
-            sa_group_block(&gg.g, block, block + 1 == end, head, heads);
+    for (int64_t head = g * group, n; head < (g + 1) * group && status == SA_OK; head += n) {
+        sa_grad_group gg;
+        const sa_part *part;
+        status = sa_grad_group_begin(ctx, call, b, head, worker, &gg, &part);
+        n = sa_part_heads(p, part);
+        if (status == SA_OK) {
+            gg.sums = call->grads->dk.data != NULL || call->grads->dv.data != NULL;
+            gg.g.key_lo = (int32_t)SA_MIN(lo, p->n_k);
+            gg.g.key_hi = (int32_t)SA_MAX(hi, gg.g.key_lo);
+            run_blocks(&gg, x, head, n);
         }
     }
-    return SA_OK;
+    return status;
 }
 
 static sa_status

@@ -22,6 +22,8 @@ enum {
     ROWS = 512,      /* of a block at most: what packing b is spread over                     */
     ROWS_NEAR = 192, /* rows of a that stay near while the panels pass                        */
     ROWS_READ = 16,  /* rows of b that are packed side by side                                */
+    THIN_STEP = 64,  /* columns of a thin task come in such steps                  */
+    THIN_WANTED = 1 << 14, /* a thin task of fewer numbers of b is not worth a dispatch */
     TASKS_WANTED = 8,
 };
 #define FLOPS_WANTED 2e6 /* a task of less is not cut further: about ten dispatches */
@@ -44,6 +46,14 @@ static bool
 is_widened(const sa_gemm_args *g)
 {
     return g->b_dtype != g->dtype;
+}
+
+/* So few rows take longer to pack b for than to multiply. (The functions of double do not widen.)
+ */
+static bool
+is_thin(const sa_gemm_args *g)
+{
+    return g->m <= SA_THIN && (g->dtype == SA_F32 || !is_widened(g));
 }
 
 static const void *
@@ -152,20 +162,24 @@ tile_scratch(const sa_tile *tile)
     return (size_t)COLUMNS * DEPTH + (size_t)tile->strip_max * (DEPTH + ROWS_NEAR);
 }
 
-/* One row: packing b would take longer than the product. Same bits. */
+/* A few rows: packing b would take longer than the product. Same bits. Where b is turned, whole
+ * rows of it are read, a few side by side. */
 static sa_status
-one_row(const gemm_job *job, block c)
+thin_block(const gemm_job *job, block c)
 {
     const sa_gemm_args *const g = job->g;
     const sa_rows *const rows = sa_rows_for(g->dtype == SA_F64);
+    const int64_t columns = g->b_transposed ? ROWS_READ : c.j1 - c.j0;
+    sa_thin part = {.lda = g->lda, .ldb = g->ldb, .ldy = g->ldc, .m = (int)g->m};
     start_block(job, c);
-    for (int64_t t0 = 0; t0 < g->k; t0 += DEPTH) {
-        const int64_t n = c.j1 - c.j0, depth = SA_MIN(g->k - t0, DEPTH);
-        const void *const x = a_at(job, 0, t0), *const b = b_at(job, t0, c.j0);
-        if (g->b_transposed) {
-            rows->times_turned(c_at(job, 0, c.j0), x, b, g->b_dtype, g->ldb, n, depth);
-        } else {
-            rows->times(c_at(job, 0, c.j0), x, b, g->b_dtype, g->ldb, n, depth);
+    for (int64_t j = c.j0; j < c.j1; j += columns) {
+        part.n = SA_MIN(c.j1 - j, columns);
+        part.y = c_at(job, 0, j);
+        for (int64_t t0 = 0; t0 < g->k; t0 += DEPTH) {
+            part.k = SA_MIN(g->k - t0, DEPTH);
+            part.a = a_at(job, 0, t0);
+            part.b = b_at(job, t0, j);
+            (g->b_transposed ? rows->times_turned : rows->times)(&part, g->b_dtype);
         }
     }
     return SA_OK;
@@ -240,9 +254,21 @@ run_block(sa_ctx *ctx, void *arg, int64_t task, int worker)
     if (job->blas != NULL) {
         return blas_block(job, c);
     }
-    /* The one-row functions of double do not widen. */
-    const bool direct = g->m == 1 && (!is_widened(g) || g->dtype == SA_F32);
-    return direct ? one_row(job, c) : tile_block(ctx, job, c, scratch);
+    return is_thin(g) ? thin_block(job, c) : tile_block(ctx, job, c, scratch);
+}
+
+/* Thin: tasks of about equal width, few where b is small. */
+static void
+cut_thin(gemm_job *job)
+{
+    const sa_gemm_args *const g = job->g;
+    const int64_t even = (g->n + TASKS_WANTED - 1) / TASKS_WANTED;
+    const int64_t worth = (int64_t)THIN_WANTED / SA_MAX(1, g->k);
+    const int64_t columns = (SA_MAX(even, worth) + THIN_STEP - 1) / THIN_STEP * THIN_STEP;
+    job->rows = g->m;
+    job->columns = SA_MIN(columns, SA_THIN_COLUMNS);
+    job->row_blocks = 1;
+    job->column_blocks = (g->n + job->columns - 1) / job->columns;
 }
 
 /* Blocks by shape alone: narrower first, which packs no column of b twice, then shorter ones. */
@@ -292,7 +318,7 @@ with_strides(const sa_gemm_args *args)
     return g;
 }
 
-/* OpenBLAS counts in int and takes rows that neither overlap nor run backwards. One row it
+/* OpenBLAS counts in int and takes rows that neither overlap nor run backwards. A few rows it
  * multiplies at the speed of its packing; the tiles read b two to four times as fast. Half
  * precision would have to be widened into memory that it packs once more; the tiles widen as they
  * pack. */
@@ -300,7 +326,7 @@ static bool
 blas_takes(const sa_gemm_args *g)
 {
     const int64_t width = g->b_transposed ? g->k : g->n;
-    return g->m > 1 && !is_widened(g) && g->k > 0 && g->lda >= g->k && g->ldb >= width &&
+    return !is_thin(g) && !is_widened(g) && g->k > 0 && g->lda >= g->k && g->ldb >= width &&
            g->ldc >= g->n && SA_MAX(SA_MAX(g->lda, g->ldb), g->ldc) <= INT_MAX;
 }
 
@@ -314,7 +340,7 @@ sa_gemm(sa_ctx *ctx, const sa_gemm_args *args)
     gemm_job job = {.g = &g, .size = sa_dtype_size(g.dtype)};
     job.tile = sa_tile_for(g.dtype == SA_F64);
     job.blas = blas_takes(&g) ? sa_blas_get() : NULL;
-    cut(&job);
+    (is_thin(&g) ? cut_thin : cut)(&job);
     const sa_status status =
         sa_scratch_reserve(ctx, job.blas != NULL ? 0 : tile_scratch(job.tile) * job.size);
     if (status != SA_OK) {

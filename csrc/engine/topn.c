@@ -17,7 +17,8 @@
 enum {
     WORD_GROUPS = SA_WORD_KEYS / SA_PEAK_KEYS,
     TASK_ROWS = 64,
-    SURPLUS = 4 /* keys above the level of the peaks that are sorted as they are, in n */
+    PEAK_STRIPS = 2, /* whose peaks are kept at a time */
+    SURPLUS = 4      /* keys above the level of the peaks that are sorted as they are, in n */
 };
 
 typedef struct {
@@ -26,7 +27,6 @@ typedef struct {
     const sa_part *part;
     int64_t n;      /* wanted, at most n_k       */
     int64_t groups; /* of n_k keys; 0: every key of a row is ranked */
-    int64_t rows;   /* whose peaks are kept at a time */
     int64_t listed; /* keys of a row that are ranked, at most */
     int64_t blocks, block_runs;
 } top_call;
@@ -40,7 +40,7 @@ typedef struct {
     sa_group g;
     const top_call *call;
     sa_span_bits bits;
-    char *peaks, *row_peaks; /* [rows / w][groups][w]; [lanes][groups] */
+    char *peaks, *row_peaks; /* [PEAK_STRIPS][groups][w]; [lanes][groups] */
     char *ones;              /* [w]                                    */
     int32_t *best, *keys;    /* [listed]                               */
     char *scores;            /* [listed + a tile]                      */
@@ -53,11 +53,11 @@ carve(const top_call *call, sa_arena *arena, top_group *tg)
 {
     const size_t real = call->call.real_bytes, n = (size_t)call->n;
     const size_t listed = (size_t)call->listed, groups = (size_t)call->groups;
-    const size_t lanes = (size_t)call->call.tile->lanes;
+    const size_t lanes = (size_t)call->call.tile->lanes, w = (size_t)call->call.tile->strip_max;
     const size_t select = sa_select_scratch(SA_MAX(call->listed, call->groups), call->n);
     return sa_attend_carve(&call->call, arena, &tg->g.s) +
            sa_span_bits_carve(arena, call->groups > 0 ? call->call.p->n_k : 0, &tg->bits) +
-           sa_take(arena, &tg->peaks, (size_t)call->rows * groups * real) +
+           sa_take(arena, &tg->peaks, PEAK_STRIPS * w * groups * real) +
            sa_take(arena, &tg->row_peaks, lanes * groups * real) +
            sa_take(arena, &tg->ones, SA_STRIP_MAX * real) +
            sa_take(arena, &tg->best, listed * sizeof(int32_t)) +
@@ -204,7 +204,7 @@ rank_rows(top_group *tg)
 static char *
 peaks_at(const top_group *tg, int w, int x, int64_t group)
 {
-    const int64_t at = ((int64_t)x * tg->call->groups + group) * w;
+    const int64_t at = ((int64_t)(x % PEAK_STRIPS) * tg->call->groups + group) * w;
     return tg->peaks + (size_t)at * tg->g.call->real_bytes;
 }
 
@@ -280,25 +280,30 @@ rank_strip(const top_group *tg, int w, int x)
     }
 }
 
+/* A few strips at a time: their peaks are what takes memory. */
 static void
 rank_strips(top_group *tg)
 {
     const sa_group *const g = &tg->g;
-    const int w = sa_strips_begin(g, (sa_view){0});
     sa_span_bits_fill(&tg->bits, g->plan, g->slot, 0, g->call->p->n_k);
     g->call->tile->fill(tg->ones, SA_STRIP_MAX, 1.0);
-    for (int64_t word = tg->bits.first; word < tg->bits.end; word++) {
-        sa_key_tile tile;
-        if (sa_stop_asked(g->ctx, g->worker)) {
-            return;
+    const int w = sa_strip_width(g->call->tile, g->n_rows), n = (g->n_rows + w - 1) / w;
+    for (int first = 0; first < n; first += PEAK_STRIPS) {
+        const int end = SA_MIN(first + PEAK_STRIPS, n);
+        (void)sa_strips_begin(g, (sa_view){0}); /* ranking wrote over them */
+        for (int64_t word = tg->bits.first; word < tg->bits.end; word++) {
+            sa_key_tile tile;
+            if (sa_stop_asked(g->ctx, g->worker)) {
+                return;
+            }
+            sa_word_tile(g, word, &tile);
+            for (int x = first; x < end; x++) {
+                word_peaks(tg, w, x, &tile, word);
+            }
         }
-        sa_word_tile(g, word, &tile);
-        for (int x = 0; x * w < g->n_rows; x++) {
-            word_peaks(tg, w, x, &tile, word);
+        for (int x = first; x < end; x++) {
+            rank_strip(tg, w, x);
         }
-    }
-    for (int x = 0; x * w < g->n_rows; x++) {
-        rank_strip(tg, w, x);
     }
 }
 
@@ -345,8 +350,6 @@ size_up(top_call *call)
     call->n = SA_MIN(call->value.size[3], p->n_k);
     /* Ranking every key costs less where most groups would be scored again. */
     call->groups = groups > 2 * call->n && rows > SA_MAX(1, t->lanes / 4) ? groups : 0;
-    call->rows = SA_MIN(SA_GROUP_STRIPS * t->strip_max,
-                        (rows + t->strip_max - 1) / t->strip_max * t->strip_max);
     call->listed = call->groups > 0 ? call->n * SA_PEAK_KEYS : p->n_k;
     call->blocks = SA_MAX(1, TASK_ROWS / plan->rows_per_block);
     call->block_runs = (plan->n_blocks + call->blocks - 1) / call->blocks;

@@ -8,6 +8,20 @@
 
 #include "base/view.h"
 
+enum {
+    SA_THIN = 4,           /* rows whose sums fit the register file */
+    SA_THIN_COLUMNS = 512, /* whose sums fit L1                     */
+};
+
+/* A few rows a [m, k] times b [k, n], to be added to y [m, n]; rows of the three are lda, ldb, ldy
+ * apart. 1 <= m <= SA_THIN, n <= SA_THIN_COLUMNS. */
+typedef struct {
+    void *y;
+    const void *a, *b;
+    int64_t ldy, lda, ldb, n, k;
+    int m;
+} sa_thin;
+
 typedef enum { SA_ACT_GELU_TANH = 0, SA_ACT_GELU, SA_ACT_SILU, SA_ACT_RELU } sa_activation;
 
 typedef struct {
@@ -20,13 +34,11 @@ typedef struct {
     /* The largest of n >= 1 entries; *at: where, the first of equals. With a NaN: NaN, and where
      * the first NaN is. */
     double (*peak)(const void *x, int64_t n, int64_t *at);
-    /* y[n] += a[k] b[k, n], b's rows ldb apart: the bits of a row of sa_tile's product, b read
-     * along its rows. dtype, of b: the real type, or a half precision in the table of float */
-    void (*times)(void *y, const void *a, const void *b, sa_dtype dtype, int64_t ldb, int64_t n,
-                  int64_t k);
-    /* The same for b [n, k]: y[n] += b[n, k] a[k] */
-    void (*times_turned)(void *y, const void *a, const void *b, sa_dtype dtype, int64_t ldb,
-                         int64_t n, int64_t k);
+    /* y += a b for a few rows: the bits of sa_tile's product. b, of dtype, the real type or in the
+     * table of float a half precision, is read once, along its rows, and widened in registers. */
+    void (*times)(const sa_thin *g, sa_dtype dtype);
+    /* The same for b [n, k]: y += a b^T */
+    void (*times_turned)(const sa_thin *g, sa_dtype dtype);
     /* sum exp(x - top) */
     double (*exp_sum)(const void *x, int64_t n, double top);
     /* With a = x - x_top, b = y - y_top: sums = { sum exp(a), sum exp(b), sum exp(a) (a - b) };

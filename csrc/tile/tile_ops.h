@@ -1,11 +1,11 @@
-/* tile_ops.h - the functions of rows.h: activations, norms, the sums of losses, one row times a
- * matrix.
+/* tile_ops.h - the functions of rows.h but for its products: activations, norms, sums of losses.
  *
- * But for the last, arithmetic is double for both real types: a vector then holds half as many
+ * Arithmetic is double for both real types: a vector then holds half as many
  * numbers, and in return float rows come out within an ulp of the truth with no case analysis.
  * Products take far longer than all of this.
  */
 #include "tile/rows.h"
+#include "tile/tile_thin.h"
 
 typedef double vwide __attribute__((vector_size(SA_VBYTES)));
 typedef int64_t wint __attribute__((vector_size(SA_VBYTES)));
@@ -282,139 +282,6 @@ kl_sums(const void *x, const void *y, int64_t n, double x_top, double y_top, dou
     sums[0] = wsum(x_sum);
     sums[1] = wsum(y_sum);
     sums[2] = wsum(d_sum);
-}
-
-/* Columns of `vecs` vectors, compile time: acc[v] = a[k] b[k, ..]. */
-SA_INLINE void
-times_strip(vreal *acc, const int vecs, const sa_dtype dtype, const real *a, const void *b,
-            int64_t at, int64_t ldb, int64_t k)
-{
-#pragma GCC unroll 4
-    for (int v = 0; v < vecs; v++) {
-        acc[v] = vset(0);
-    }
-    for (int64_t t = 0; t < k; t++, at += ldb) {
-        const vreal x = vset(a[t]);
-#pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) {
-            acc[v] += x * load_vector(b, dtype, at + v * LANES);
-        }
-    }
-}
-
-/* n < LANES numbers, then zeros */
-SA_INLINE vreal
-load_some(const void *src, const sa_dtype dtype, int64_t at, int64_t n)
-{
-    real lane[LANES] = {0};
-    for (int64_t l = 0; l < n; l++) {
-        lane[l] = load_one(src, dtype, at + l);
-    }
-    return vload(lane);
-}
-
-/* The last n < LANES columns. In vectors too: a scalar loop might round products and sums apart. */
-SA_INLINE void
-times_rest(real *y, const sa_dtype dtype, const real *a, const void *b, int64_t at, int64_t ldb,
-           int64_t n, int64_t k)
-{
-    real lane[LANES];
-    vreal acc = vset(0);
-    for (int64_t t = 0; t < k; t++, at += ldb) {
-        acc += vset(a[t]) * load_some(b, dtype, at, n);
-    }
-    vstore(lane, acc);
-    for (int64_t l = 0; l < n; l++) {
-        y[l] += lane[l];
-    }
-}
-
-SA_INLINE void
-times_as(const sa_dtype dtype, real *y, const real *a, const void *b, int64_t ldb, int64_t n,
-         int64_t k)
-{
-    vreal acc[4];
-    int64_t j = 0;
-    for (; j + 4 * LANES <= n; j += 4 * LANES) {
-        times_strip(acc, 4, dtype, a, b, j, ldb, k);
-        for (int v = 0; v < 4; v++) {
-            vstore(y + j + v * LANES, vload(y + j + v * LANES) + acc[v]);
-        }
-    }
-    for (; j + LANES <= n; j += LANES) {
-        times_strip(acc, 1, dtype, a, b, j, ldb, k);
-        vstore(y + j, vload(y + j) + acc[0]);
-    }
-    if (j < n) {
-        times_rest(y + j, dtype, a, b, j, ldb, n - j, k);
-    }
-}
-
-static void
-times(void *y, const void *a, const void *b, sa_dtype dtype, int64_t ldb, int64_t n, int64_t k)
-{
-    if (dtype == SA_BF16) {
-        times_as(SA_BF16, y, a, b, ldb, n, k);
-    } else if (dtype == SA_F16) {
-        times_as(SA_F16, y, a, b, ldb, n, k);
-    } else {
-        times_as(SA_IS_F64 ? SA_F64 : SA_F32, y, a, b, ldb, n, k);
-    }
-}
-
-/* LANES numbers of each of LANES rows from `at` on, turned: block[i] holds column i. Rows past n
- * repeat the last one, columns past k are 0. */
-SA_INLINE void
-load_turned(vreal *block, const sa_dtype dtype, const void *b, int64_t at, int64_t ldb, int64_t n,
-            int64_t k)
-{
-#pragma GCC unroll 16
-    for (int r = 0; r < LANES; r++) {
-        const int64_t row = at + SA_MIN(r, n - 1) * ldb;
-        block[r] = k >= LANES ? load_vector(b, dtype, row) : load_some(b, dtype, row, k);
-    }
-    vtranspose(block);
-}
-
-SA_INLINE void
-times_turned_as(const sa_dtype dtype, real *y, const real *a, const void *b, int64_t ldb, int64_t n,
-                int64_t k)
-{
-    for (int64_t j = 0; j < n; j += LANES) {
-        vreal acc = vset(0), block[LANES];
-        int64_t t = 0;
-        for (; t + LANES <= k; t += LANES) {
-            load_turned(block, dtype, b, j * ldb + t, ldb, n - j, LANES);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                acc += vset(a[t + i]) * block[i];
-            }
-        }
-        if (t < k) {
-            load_turned(block, dtype, b, j * ldb + t, ldb, n - j, k - t);
-            for (int i = 0; i < k - t; i++) {
-                acc += vset(a[t + i]) * block[i];
-            }
-        }
-        real lane[LANES];
-        vstore(lane, acc);
-        for (int64_t l = 0; l < SA_MIN(LANES, n - j); l++) {
-            y[j + l] += lane[l];
-        }
-    }
-}
-
-static void
-times_turned(void *y, const void *a, const void *b, sa_dtype dtype, int64_t ldb, int64_t n,
-             int64_t k)
-{
-    if (dtype == SA_BF16) {
-        times_turned_as(SA_BF16, y, a, b, ldb, n, k);
-    } else if (dtype == SA_F16) {
-        times_turned_as(SA_F16, y, a, b, ldb, n, k);
-    } else {
-        times_turned_as(SA_IS_F64 ? SA_F64 : SA_F32, y, a, b, ldb, n, k);
-    }
 }
 
 const sa_rows SA_NAME(sa_rows) = {

@@ -19,6 +19,7 @@ from sparseattn.evaluation.cost import (
     head_shape,
     peak_bytes,
 )
+from sparseattn.evaluation.decode import DECODE_SHARE, DecodeTimer, decode_lengths
 from sparseattn.evaluation.job import (
     checked_int,
     checked_numbers,
@@ -30,6 +31,7 @@ from sparseattn.evaluation.report import Comparison, build_report
 from sparseattn.evaluation.results import Records
 from sparseattn.evaluation.rows import DENSE, given_rows, matched_rows, parse_attention
 from sparseattn.evaluation.trust import missing_packages, reference_difference
+from sparseattn.progress import Bar
 from sparseattn.progress import progress as open_progress
 from sparseattn.variants import Variant
 
@@ -37,6 +39,7 @@ __all__ = ["Comparison", "CompareJob", "compare"]
 
 DEFAULT = ("dense", "window:64", "topk:16")
 REFERENCE_TOKENS = 128
+LENGTH, DECODE = "length", "decode"  # what records of timing begin with
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def compare(
     seeds : int
         Seeds that specs with randomness run with.
     lengths : sequence of int
-        Sequence lengths at which attention alone is timed.
+        Sequence lengths at which attention alone is timed, and from 1,024 on, cache lengths at
+        which a token is.
     save : path, optional
         A folder for compare.csv, compare.json and the plots. An interrupted run goes on there.
     context, stride : int, optional
@@ -223,7 +227,7 @@ class CompareJob:
         data = build_report(
             self.job,
             self.rows,
-            self.timings(),
+            {"lengths": self.timings(), "decode": self.timings(DECODE)},
             seeds=self.seeds,
             max_kl=self.max_kl,
             setup=setup if self.timed else None,
@@ -250,9 +254,9 @@ class CompareJob:
         """Return what is timed: all but the bounds, which only say how good a row could be."""
         return {r.name: r.spec for r in self.rows if r.role != "bound"}
 
-    def timings(self) -> list[LengthTiming]:
-        """Return the lengths measured so far."""
-        found = (self.job.records.get(f"length|{n}") for n in self.lengths)
+    def timings(self, key: str = LENGTH) -> list[LengthTiming]:
+        """Return the lengths measured so far, of sequences or of caches."""
+        found = (self.job.records.get(f"{key}|{n}") for n in self.lengths)
         return [LengthTiming(**{k: v for k, v in r.items() if k != "id"}) for r in found if r]
 
     def _reference(self) -> None:
@@ -288,18 +292,24 @@ class CompareJob:
             self.job.records.add(key, record)
 
     def _time(self) -> None:
-        timer = Timer(
+        """Time decoding, then whole sequences with what it leaves of the budget."""
+        with open_progress(self.budget, "timing", "s", self.options.progress) as bar:
+            self._run(DecodeTimer, DECODE, self.budget * DECODE_SHARE, bar)
+            spent = sum(timing.spent for timing in self.timings(DECODE))
+            self._run(Timer, LENGTH, self.budget - spent, bar)
+
+    def _run(self, kind: type[Timer], key: str, budget: float, bar: Bar) -> None:
+        timer = kind(
             self.timed_specs(),
             self.shape,
-            self.lengths,
-            self.budget,
+            decode_lengths(self.lengths) if key == DECODE else self.lengths,
+            budget,
             seed=self.job.seed,
-            done=self.timings(),
+            done=self.timings(key),
         )
-        with open_progress(self.budget, "timing", "s", self.options.progress) as bar:
-            for timing in timer.run():
-                self.job.records.add(f"length|{timing.length}", timing.to_dict())
-                bar.update(timing.spent)
+        for timing in timer.run():
+            self.job.records.add(f"{key}|{timing.length}", timing.to_dict())
+            bar.update(timing.spent)
 
 
 def check_lengths(lengths: Iterable[int]) -> tuple[int, ...]:

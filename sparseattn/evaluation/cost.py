@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ GROWTH = 4.0  # of the time per doubling, until two lengths have been measured
 SHARE = 3.0  # each length gets this many times the budget of the one before,
 LEAST = 0.02  # and at least this part of what is left
 MOST = 0.95  # of what is left, for a length that does not fit its share
+
+Call = Callable[[], Any]
 
 
 class Counter:
@@ -142,6 +145,8 @@ class Timer:
         Lengths measured by an earlier run that was interrupted.
     """
 
+    growth = GROWTH
+
     def __init__(
         self,
         specs: dict[str, Variant],
@@ -200,7 +205,7 @@ class Timer:
                 if name in d.seconds
             ]
             (before, fewer), (last, seconds) = known[-2 % len(known)], known[-1]
-            growth = GROWTH
+            growth = self.growth
             if last > before:
                 rise = np.log(seconds / fewer) / np.log(last / before)
                 growth = 2.0 ** float(np.clip(rise + 0.1, 1.0, 2.2))
@@ -209,15 +214,23 @@ class Timer:
 
     def _probe(self, length: int) -> None:
         """Time one call of each spec on one key/value head; a spec that cannot run is dropped."""
-        q, k, v = random_heads(self.shape.of_size(1), length, self.seed)
-        for name, spec in self.specs.items():
+        for name in self.specs:
             try:
+                call = self.calls(self.shape.of_size(1), length, [name])[name]
                 for _ in range(2):  # the first call also warms up
                     begin = time.perf_counter()
-                    self.attend(q, k, v, spec, causal=True)
+                    call()
                     self.probed[name] = (length, time.perf_counter() - begin)
             except SparseAttnError as error:
                 self.refused[name] = str(error)
+
+    def calls(self, shape: HeadShape, length: int, names: list[str]) -> dict[str, Call]:
+        """What is timed, by name: one causal call over the whole length."""
+        q, k, v = random_heads(shape, length, self.seed)
+        out = np.empty_like(q)
+        return {
+            n: partial(self.attend, q, k, v, self.specs[n], causal=True, out=out) for n in names
+        }
 
     def _affordable(self, cost: dict[str, float], limit: float, result: LengthTiming) -> list[str]:
         """Names that fit on one key/value head; the dearest are left out first, dense last."""
@@ -242,14 +255,13 @@ class Timer:
         self, result: LengthTiming, names: list[str], shape: HeadShape, soon: float, latest: float
     ) -> None:
         """Repeat all names in turn until `soon`, but often enough; give up before `latest`."""
-        q, k, v = random_heads(shape, result.length, self.seed)
-        out = np.empty_like(q)
+        calls = self.calls(shape, result.length, names)
         seconds: dict[str, list[float]] = {n: [] for n in names}
         for turn in range(MAX_REPEATS + 1):
             begin = time.perf_counter()
             for name in names if turn % 2 == 0 else names[::-1]:
                 start = time.perf_counter()
-                self.attend(q, k, v, self.specs[name], causal=True, out=out)
+                calls[name]()
                 seconds[name].append(time.perf_counter() - start)
             now = time.perf_counter()
             next_end = now + (now - begin)
@@ -289,15 +301,16 @@ def wins_from(timings: Sequence[LengthTiming], name: str, dense: str, seed: int)
 
 
 def random_heads(
-    shape: HeadShape, length: int, seed: int
+    shape: HeadShape, length: int, seed: int, n_q: int | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Return unit-normal q, k, v of shape (1, heads, length, dim), drawn head by head."""
+    """Return unit-normal q, k, v of shape (1, heads, length, dim), q of `n_q` rows where given."""
     rng = np.random.default_rng((seed, length))
 
-    def draw(heads: int) -> NDArray[np.float32]:
-        x = np.empty((1, heads, length, shape.dim), dtype=np.float32)
+    def draw(heads: int, rows: int) -> NDArray[np.float32]:
+        x = np.empty((1, heads, rows, shape.dim), dtype=np.float32)
         for head in range(heads):  # in pieces, so that an interrupt is noticed between them
             rng.standard_normal(dtype=np.float32, out=x[0, head])
         return x
 
-    return draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads)
+    q = draw(shape.heads, length if n_q is None else n_q)
+    return q, draw(shape.kv_heads, length), draw(shape.kv_heads, length)

@@ -16,6 +16,7 @@ import numpy as np
 from sparseattn import plots
 from sparseattn.errors import NotSupported
 from sparseattn.evaluation.cost import LengthTiming, wins_from
+from sparseattn.evaluation.decode import TOKENS
 from sparseattn.evaluation.job import Job
 from sparseattn.evaluation.rows import DENSE, Row
 from sparseattn.evaluation.scores import BlockScore
@@ -33,6 +34,10 @@ from sparseattn.evaluation.table import (
 __all__ = ["Comparison", "build_report"]
 
 DENSE_NAME = str(DENSE)
+FLAT = {  # what a row holds by length, and the names of its plain columns
+    "time": ("seconds", "time_ratio"),
+    "decode": ("decode_seconds", "decode_ratio"),
+}
 BUDGET = "time budget"  # in every reason that more of it would remove
 
 
@@ -121,7 +126,7 @@ def optional(name: str) -> Any:
 def build_report(
     job: Job,
     rows: Sequence[Row],
-    timings: Sequence[LengthTiming],
+    timings: Mapping[str, Sequence[LengthTiming]],
     *,
     seeds: int,
     max_kl: float,
@@ -133,7 +138,8 @@ def build_report(
     ----------
     rows : sequence of Row
         All rows asked for; those without all their blocks are named as unfinished.
-    timings : sequence of LengthTiming
+    timings : mapping to sequences of LengthTiming
+        ``lengths``: of whole sequences; ``decode``: of a token on a cache.
     setup : mapping or None
         What timing was asked for: ``budget``, ``heads``, ``dim``, ``peak_length``.
     """
@@ -152,7 +158,9 @@ def build_report(
         "settings": job.records.settings,
         "unfinished": [row.name for row in rows if row.name not in names],
         "rows": finished,
-        "timing": None if setup is None else {**setup, "lengths": timing_data(timings)},
+        "timing": None
+        if setup is None
+        else {**setup, **{kind: timing_data(found) for kind, found in timings.items()}},
         "trust": {
             "dense_checksum": checksum(dense[0]) if dense else None,
             "reference": without_id(job.records.get("reference")),
@@ -167,7 +175,7 @@ def row_data(
     row: Row,
     scores: list[list[BlockScore]],
     dense: list[BlockScore],
-    timings: Sequence[LengthTiming],
+    timings: Mapping[str, Sequence[LengthTiming]],
 ) -> dict[str, Any]:
     """Return one row; `scores` holds a list of blocks for each seed."""
     is_dense = row.spec == DENSE
@@ -203,11 +211,24 @@ def row_data(
     }
 
 
-def time_data(job: Job, row: Row, timings: Sequence[LengthTiming]) -> dict[str, Any]:
+def time_data(job: Job, row: Row, timings: Mapping[str, Sequence[LengthTiming]]) -> dict[str, Any]:
     """Return the timed columns of one row."""
     peak = job.records.get(f"peak|{row.name}") or {}
-    times: dict[str, Any] = {}
-    measured = []
+    whole = timings["lengths"]
+    return {
+        "time": length_data(job, row, whole, 1),
+        "wins_from": wins_from(whole, row.name, DENSE_NAME, job.seed),
+        "measured_to": max((t.length for t in whole if row.name in t.seconds), default=None),
+        "decode": length_data(job, row, timings["decode"], TOKENS),
+        "peak_bytes": peak.get("bytes"),
+    }
+
+
+def length_data(
+    job: Job, row: Row, timings: Sequence[LengthTiming], parts: int
+) -> dict[str, dict[str, Any]]:
+    """Return seconds, of one of so many parts of a call, and ratio to dense by length."""
+    times: dict[str, dict[str, Any]] = {}
     for timing in timings:
         seconds = timing.seconds.get(row.name)
         if seconds is None:
@@ -215,18 +236,12 @@ def time_data(job: Job, row: Row, timings: Sequence[LengthTiming]) -> dict[str, 
             if reason:
                 times[str(timing.length)] = {"left_out": reason}
             continue
-        measured.append(timing.length)
         ratio = timing.ratio(row.name, DENSE_NAME, job.seed)
         times[str(timing.length)] = {
-            "seconds": float(np.median(seconds)),
+            "seconds": float(np.median(seconds)) / parts,
             "ratio": plain(ratio) if ratio else None,
         }
-    return {
-        "time": times,
-        "wins_from": wins_from(timings, row.name, DENSE_NAME, job.seed),
-        "measured_to": max(measured, default=None),
-        "peak_bytes": peak.get("bytes"),
-    }
+    return times
 
 
 def timing_data(timings: Sequence[LengthTiming]) -> list[dict[str, Any]]:
@@ -300,12 +315,13 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with one plain value a column."""
     out: dict[str, Any] = {}
     for name, value in row.items():
-        if name == "time":
+        if name in FLAT:
+            seconds, ratios = FLAT[name]
             for length, cell in value.items():
                 ratio = cell.get("ratio") or [None] * 3
-                out[f"seconds_{length}"] = cell.get("seconds")
+                out[f"{seconds}_{length}"] = cell.get("seconds")
                 for part, x in zip(("", "_low", "_high"), ratio, strict=True):
-                    out[f"time_ratio_{length}{part}"] = x
+                    out[f"{ratios}_{length}{part}"] = x
         elif isinstance(value, list):
             for part, x in zip(("", "_low", "_high"), value, strict=True):
                 out[f"{name}{part}"] = x
@@ -358,11 +374,12 @@ def columns(data: dict[str, Any]) -> list[Column]:
         peaks = [r["peak_bytes"] for r in rows]
         add("peak MiB", [number(None if p is None else p / 2**20) for p in peaks], "cost")
         add("wins from", [wins_word(r) for r in rows], "time")
-        for t in data["timing"]["lengths"]:
-            key = str(t["length"])
-            if not t["heads"]:
-                continue  # all left out, which the legend says
-            add(lengths_word(t["length"]), [time_word(r, key) for r in rows], "time")
+        for kind, of, mark in (("lengths", "time", ""), ("decode", "decode", "@")):
+            for t in data["timing"][kind]:
+                if not t["heads"]:
+                    continue  # all left out, which the legend says
+                cells = [time_word(r, r[of].get(str(t["length"]))) for r in rows]
+                add(mark + lengths_word(t["length"]), cells, of)
     return found
 
 
@@ -389,9 +406,8 @@ def wins_word(row: dict[str, Any]) -> str:
     return lengths_word(row["wins_from"])
 
 
-def time_word(row: dict[str, Any], length: str) -> str:
+def time_word(row: dict[str, Any], cell: dict[str, Any] | None) -> str:
     """Return the ratio to dense; for dense itself, the time."""
-    cell = row["time"].get(length)
     if not cell:
         return "-"
     if "left_out" in cell:
@@ -428,37 +444,51 @@ def legend(data: dict[str, Any]) -> list[str]:
 
 def timing_legend(timing: dict[str, Any]) -> list[str]:
     """Return how the timed columns came about, and what was left out."""
-    heads: list[tuple[int, int]] = []
-    for t in timing["lengths"]:
-        if t["heads"] and (not heads or heads[-1][1] != t["heads"]):
-            heads.append((t["length"], t["heads"]))
-    words = ", ".join(f"{count} from {lengths_word(n)} on" for n, count in heads)
     lengths = " ".join(lengths_word(t["length"]) for t in timing["lengths"])
-    return [
+    lines = [
         f"{lengths}: time of causal attention over dense's of the same run, a..b: its interval "
-        f"where wide (dense: its own time). Heads of {timing['dim']}: {words}. wins from: the "
+        f"where wide (dense: its own time). Heads of {timing['dim']}: "
+        f"{heads_words(timing['lengths'])}. wins from: the "
         "length from which the whole interval stays below 1. peak: extra memory of one call at "
         f"N = {lengths_word(timing['peak_length'])}, {timing['heads']} heads.",
-        *left_out_words(timing),
     ]
+    if timing["decode"]:
+        lengths = " ".join(f"@{lengths_word(t['length'])}" for t in timing["decode"])
+        lines.append(
+            f"{lengths}: the same for one token that is appended to a cache of that length and "
+            f"attends to it: {heads_words(timing['decode'])}."
+        )
+    for kind, mark in (("lengths", ""), ("decode", "@")):
+        lines += left_out_words(timing[kind], timing["budget"], mark)
+    return lines
 
 
-def left_out_words(timing: dict[str, Any]) -> list[str]:
+def heads_words(timings: Sequence[dict[str, Any]]) -> str:
+    """Return how many heads the lengths ran on."""
+    heads: list[tuple[int, int]] = []
+    for t in timings:
+        if t["heads"] and (not heads or heads[-1][1] != t["heads"]):
+            heads.append((t["length"], t["heads"]))
+    return ", ".join(f"{count} from {lengths_word(n)} on" for n, count in heads)
+
+
+def left_out_words(timings: Sequence[dict[str, Any]], budget: float, mark: str) -> list[str]:
     """Return which lengths were not measured, and why."""
     beyond: dict[str, list[str]] = {}
     other: dict[str, list[str]] = {}
-    for t in timing["lengths"]:
+    for t in timings:
+        word = mark + lengths_word(t["length"])
         late = [name for name, reason in t["left_out"].items() if BUDGET in reason]
         if late:
             who = ", ".join(late) if t["heads"] else "everything"
-            beyond.setdefault(who, []).append(lengths_word(t["length"]))
+            beyond.setdefault(who, []).append(word)
         for name, reason in t["left_out"].items():
             if BUDGET not in reason:
-                other.setdefault(f"{name} ({reason})", []).append(lengths_word(t["length"]))
+                other.setdefault(f"{name} ({reason})", []).append(word)
     lines = [f"left out: {who} at {', '.join(lengths)}" for who, lengths in other.items()]
     if beyond:
         words = "; ".join(f"{who} at {', '.join(lengths)}" for who, lengths in beyond.items())
-        lines.append(f"left out, beyond the {BUDGET} of {timing['budget']:g} s: {words}")
+        lines.append(f"left out, beyond the {BUDGET} of {budget:g} s: {words}")
     return lines
 
 

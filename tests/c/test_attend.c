@@ -318,6 +318,41 @@ check_parts(void)
     sa_ctx_release(ctx);
 }
 
+/* Gradients of two merged parts, for a dout that is out and dlse all zeros: weights that sum to 1
+ * give dout back, and what one log-sum-exp gains the other loses. */
+static void
+check_merge_grad(sa_ctx *ctx, const trial *t, const sa_view *outs, const sa_view *lses, sa_view out,
+                 sa_view lse)
+{
+    const sa_view none = {0};
+    sa_view douts[2], dlses[2];
+    for (int part = 0; part < 2; part++) {
+        douts[part] = trial_output(t, out.size[3]);
+        dlses[part] = trial_output(t, 1);
+        CHECK(sa_merge_grad(ctx, douts[part], dlses[part], out, none, out, lse, outs[part],
+                            lses[part]) == SA_OK,
+              "%s", ctx->message);
+    }
+    for (int64_t row = 0; row < 4 * out.size[2]; row++) {
+        const double a = trial_get(dlses[0], 0, 0, row, 0), b = trial_get(dlses[1], 0, 0, row, 0);
+        CHECK(check_near(a + b, 0, tolerance(t) * 8), "row %d: %g and %g", (int)row, a, b);
+        for (int64_t c = 0; c < out.size[3]; c++) {
+            const double want = trial_get(out, 0, 0, row, c);
+            const double x = trial_get(douts[0], 0, 0, row, c),
+                         y = trial_get(douts[1], 0, 0, row, c);
+            CHECK(check_near(x + y, want, tolerance(t) * 4), "row %d, column %d: %g + %g, not %g",
+                  (int)row, (int)c, x, y, want);
+        }
+    }
+    CHECK(sa_merge_grad(ctx, douts[0], dlses[0], out, none, out, out, outs[0], lses[0]) ==
+              SA_EINVAL,
+          "an lse of another shape");
+    for (int part = 0; part < 2; part++) {
+        sa_free(douts[part].data);
+        sa_free(dlses[part].data);
+    }
+}
+
 /* The keys cut into two plans, attended apart, merged: the whole. */
 static void
 check_merge(sa_dtype dtype)
@@ -362,6 +397,7 @@ check_merge(sa_dtype dtype)
                   (int)c, x, y);
         }
     }
+    check_merge_grad(ctx, &t, outs, lses, out, lse);
     for (int part = 0; part < 3; part++) {
         sa_free(outs[part].data);
         sa_free(lses[part].data);

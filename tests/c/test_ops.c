@@ -243,6 +243,28 @@ check_widen(void)
 }
 
 static void
+check_narrow(void)
+{
+    for (int w = 0; w < N_WIDTHS; w++) {
+        float *from = sa_malloc_array((size_t)widths[w], 4);
+        uint16_t *to = sa_malloc_array((size_t)widths[w], 2);
+        for (int64_t i = 0; i < widths[w]; i++) {
+            from[i] = sa_float_of((uint32_t)numbers_next());
+        }
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            CHECK(sa_op_narrow(ctx, to, bf16 ? SA_BF16 : SA_F16, from, widths[w]) == SA_OK, "%s",
+                  ctx->message);
+            for (int64_t i = 0; i < widths[w]; i++) {
+                const uint16_t want = bf16 ? sa_f32_to_bf16(from[i]) : sa_f32_to_f16(from[i]);
+                CHECK(to[i] == want, "%a became %04x, not %04x", (double)from[i], to[i], want);
+            }
+        }
+        sa_free(from);
+        sa_free(to);
+    }
+}
+
+static void
 check_table(const sa_tile *t)
 {
     static const struct {
@@ -266,5 +288,7 @@ sa_selftest_ops(void)
     each_table(check_table);
     check_case("weights widened");
     check_widen();
+    check_case("gradients and keys narrowed");
+    check_narrow();
     sa_ctx_release(ctx);
 }

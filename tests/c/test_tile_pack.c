@@ -13,11 +13,11 @@ enum { N_DIMS = sizeof dims / sizeof *dims };
 static const struct {
     sa_dtype dtype;
     const char *name;
-    double eps; /* of the storage type */
-} types[] = {{SA_F32, "float32", 0x1p-23},
-             {SA_F64, "float64", 0x1p-52},
-             {SA_F16, "float16", 0x1p-10},
-             {SA_BF16, "bfloat16", 0x1p-7}};
+    double eps, least; /* of the storage type; half a step of its subnormal numbers */
+} types[] = {{SA_F32, "float32", 0x1p-23, 0x1p-150},
+             {SA_F64, "float64", 0x1p-52, 0},
+             {SA_F16, "float16", 0x1p-10, 0x1p-25},
+             {SA_BF16, "bfloat16", 0x1p-7, 0x1p-134}};
 
 static double
 stored_get(sa_dtype dtype, const void *p, int64_t i)
@@ -125,7 +125,7 @@ check_cols(const sa_tile *t, int type)
                     const double want = got * real_get(t, factor, r),
                                  out = stored_get(dtype, dst[r], c);
                     const double eps = fmax(types[type].eps, real_eps(t));
-                    CHECK(check_near(out, want, eps * fabs(want) + 1e-7 * eps),
+                    CHECK(check_near(out, want, eps * fabs(want) + types[type].least),
                           "out (%d, %d): %g, not %g", r, c, out, want);
                 }
             }
@@ -150,8 +150,8 @@ check_store_row(const sa_tile *t, int type)
             const double want = real_get(t, src, c) * real_get(t, factor, 0);
             const double got = stored_get(types[type].dtype, dst, c),
                          eps = fmax(types[type].eps, real_eps(t));
-            CHECK(check_near(got, want, eps * fabs(want) + 1e-7 * eps), "%d: %g, not %g", c, got,
-                  want);
+            CHECK(check_near(got, want, eps * fabs(want) + types[type].least), "%d: %g, not %g", c,
+                  got, want);
         }
         sa_free(src);
         sa_free(dst);
