@@ -340,12 +340,13 @@ class Cache:
             array = array.astype(np.intp)
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise ArgumentError(
-                f"{method} takes a list of batch entries, got {array.dtype} of shape {array.shape}"
+                f"{method} takes integers, a list of batch entries, got {array.dtype} of shape "
+                f"{array.shape}"
             )
         with self.alone:
             held = self._held
             if held is None:
-                raise ArgumentError(f"{method}: the cache is empty and has no batch yet")
+                raise ArgumentError(f"{method}: the cache is empty: append to it first")
             batch = held.k.shape[0]
             if same and array.size != batch:
                 raise ArgumentError(
@@ -456,7 +457,8 @@ class Cache:
 def read_spec(spec: Any) -> Variant:
     """The spec of one layer."""
     if isinstance(spec, Plan):
-        raise ArgumentError("a plan is of one call: give the cache a spec, as in sa.Cache('dense')")
+        of = str(spec.spec or "dense")
+        raise ArgumentError(f"a plan is of one call: give the cache a spec, as in sa.Cache({of!r})")
     variant = parse("dense" if spec is None else spec)
     if variant.layer(0) is not variant:
         raise ArgumentError(

@@ -103,9 +103,35 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is unknown where it is found: by the verb, which knows its options."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            from sparseattn.variants.base import nearest
+
+            known = [name for action in self._actions for name in action.option_strings]
+            near = nearest(unknown[0].partition("=")[0], known, cutoff=0.6)
+            offer = f": did you mean {near[0]}?" if near else ""
+            if not unknown[0].startswith("-"):
+                offer = ": put a text of several words into quotes"
+            self.error(f"no argument {' '.join(unknown)} is known{offer}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         """End with the sentence."""
         self.exit(WRONG_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class Once(argparse.Action):
+    """An option whose second mention would otherwise replace the first without a word."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
+        """Take the value."""
+        seen = namespace.__dict__.setdefault("_seen", set())
+        if self.dest in seen:
+            raise argparse.ArgumentError(self, "takes one here; compare takes several")
+        seen.add(self.dest)
+        setattr(namespace, self.dest, value)
 
 
 def add_common(verb: argparse.ArgumentParser) -> None:
@@ -190,7 +216,14 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
 def add_eval(verb: argparse.ArgumentParser) -> None:
     """Add the options of eval."""
     add_text(verb)
-    verb.add_argument("--attention", default="dense", metavar="SPEC", help="a variant (dense)")
+    add_spec(verb)
+
+
+def add_spec(verb: Any) -> None:
+    """Add the one variant of verbs that run one."""
+    verb.add_argument(
+        "--attention", action=Once, default="dense", metavar="SPEC", help="a variant (dense)"
+    )
 
 
 def add_generate(verb: argparse.ArgumentParser) -> None:
@@ -198,7 +231,7 @@ def add_generate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to continue")
     add_model(verb)
     group = verb.add_argument_group("generation")
-    group.add_argument("--attention", default="dense", metavar="SPEC", help="a variant (dense)")
+    add_spec(group)
     group.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (128)"
     )
@@ -265,9 +298,10 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     """Print a continuation while it is decoded."""
-    from sparseattn.evaluation.job import load_model
+    from sparseattn.evaluation.job import load_model, output_folder
 
     set_threads(options.threads)
+    output_folder(options.save)  # a wrong one is known before anything is written
     model: Any
     model, name = load_model(options.model, options.random_weights, options.tokenizer)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "attention")

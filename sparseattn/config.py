@@ -12,6 +12,8 @@ import numpy as np
 from sparseattn import _core
 from sparseattn.errors import ArgumentError
 
+MOST_THREADS = 64  # SA_MAX_THREADS of the core
+
 
 def get_num_threads() -> int:
     """Threads that a call may use.
@@ -45,6 +47,8 @@ def set_num_threads(n: int) -> None:
         count = operator.index(n)
     except TypeError:
         raise ArgumentError(f"n must be a number of threads, got {n!r:.80}") from None
+    if not 1 <= count <= MOST_THREADS:
+        raise ArgumentError(f"the number of threads must be 1 to {MOST_THREADS}, got {count}")
     _core.set_num_threads(count)
 
 

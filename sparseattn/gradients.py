@@ -26,6 +26,7 @@ from sparseattn.inputs import (
     Operands,
     Target,
     as_real,
+    cast,
     collapse,
     dress,
     empty,
@@ -39,7 +40,7 @@ from sparseattn.inputs import (
     to_array,
 )
 from sparseattn.packed import build
-from sparseattn.plan import Plan, refuse_keywords
+from sparseattn.plan import RENAMED, Plan, refuse_keywords
 from sparseattn.variants.base import Piece, Problem, Variant, parse
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ if TYPE_CHECKING:
 __all__ = ["Gradients", "VJP", "attention_vjp"]
 
 NO_INPUT = ("cache", "return_lse", "return_weights", "out")  # of attention()
+RENAMED_HERE = {
+    **RENAMED,
+    "cache": "all keys and values so far as k and v: no gradient goes through a cache",
+    "return_lse": "nothing: lse comes with out and pullback",
+    "dout": "pullback(dout) of what it returns",
+    "dlse": "pullback(dout, dlse) of what it returns",
+}
 
 
 class VJP(NamedTuple):
@@ -124,7 +132,8 @@ def attention_vjp(
     >>> vjp.pullback(np.ones_like(vjp.out)).dq.shape
     (2, 9, 4)
     """
-    refuse_keywords("attention_vjp", wrong, tuple(x for x in KEYWORDS if x not in NO_INPUT))
+    known = tuple(x for x in KEYWORDS if x not in NO_INPUT)
+    refuse_keywords("attention_vjp", wrong, known, RENAMED_HERE)
     call = read_call(
         *(q, k, v, spec),
         params=params,
@@ -292,10 +301,9 @@ def read_gradient(
     if array.shape != shape:
         raise ArgumentError(f"{name} must have shape {shape} as {of} has, got {array.shape}")
     if given != stored:
-        convert = "to" if is_torch(x) else "astype"
+        convert = f"{name}.to({of}.dtype)" if is_torch(x) else cast(name, x, f"{of}.dtype", "")
         raise DtypeError(
-            f"{name} must have dtype {stored} as {of} has, got {given}: "
-            f"pass {name}.{convert}({of}.dtype)"
+            f"{name} must have dtype {stored} as {of} has, got {given}: pass {convert}"
         )
     return as_real(name, array, dtype)
 

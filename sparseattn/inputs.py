@@ -95,7 +95,9 @@ def to_array(name: str, x: Any) -> tuple[Array, str]:
 
 def cast(name: str, x: Any, numpy: str, torch: str) -> str:
     """How to convert ``x``, in the words of its library."""
-    return f"{name}.{torch}()" if is_torch(x) else f"{name}.astype({numpy})"
+    if is_torch(x):
+        return f"{name}.{torch}()"
+    return f"{name}.astype({numpy})" if hasattr(x, "astype") else f"np.asarray({name}, {numpy})"
 
 
 def to_real(name: str, x: Any) -> tuple[Array, str]:

@@ -32,8 +32,8 @@ __all__ = ["merge", "merge_vjp"]
 def merge(parts: Sequence[Any]) -> OutLse:
     """Join attention outputs over disjoint key sets as if over all keys at once.
 
-    ``L = logsumexp_a L_a``, ``out = sum_a exp(L_a - L) out_a`` (algorithms 0.8); parts that are
-    ``-inf`` everywhere add nothing.
+    ``L = logsumexp_a L_a``, ``out = sum_a exp(L_a - L) out_a``; parts that are ``-inf`` everywhere
+    add nothing.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def merge_vjp(parts: Sequence[Any]) -> MergeVJP:
     """``merge`` and its vector-Jacobian product.
 
     ``dout_a = w_a dout``, ``dlse_a = w_a (<dout, out_a - out> + dlse)`` with
-    ``w_a = exp(lse_a - lse)`` (algorithms 0.8); parts that are ``-inf`` get 0.
+    ``w_a = exp(lse_a - lse)``; parts that are ``-inf`` get 0.
 
     Parameters
     ----------
@@ -132,9 +132,11 @@ class Parts(NamedTuple):
 
 
 def read_parts(parts: Sequence[Any]) -> Parts:
-    pairs = [tuple(part) for part in parts]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise ArgumentError(f"merge takes a list of (out, lse), got {len(pairs)} parts not so made")
+    listed = isinstance(parts, list | tuple) and not hasattr(parts, "lse")
+    if not listed or not parts:
+        got = "0 parts" if listed else type(parts).__name__
+        raise ArgumentError(f"parts must be a list, got {got}: pass [(out, lse), (out, lse)]")
+    pairs = [read_pair(f"parts[{i}]", part) for i, part in enumerate(parts)]
     given = {f"parts[{i}][0]": pair[0] for i, pair in enumerate(pairs)}
     outs, stored = read_alike(given, "(..., heads, n_q, dim_v)")
     lses = [to_real(f"parts[{i}][1]", pair[1])[0] for i, pair in enumerate(pairs)]
@@ -154,6 +156,17 @@ def read_parts(parts: Sequence[Any]) -> Parts:
         tuple(collapse(o, ops.lead) for o in outs),
         tuple(np.ascontiguousarray(x, dtype=ops.real).reshape(ops.q.shape[:3]) for x in lses),
     )
+
+
+def read_pair(name: str, part: Any) -> tuple[Any, Any]:
+    """out and lse of a pair, or of what attention() gave."""
+    pair = (part.out, part.lse) if hasattr(part, "lse") else part
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[1] is None:
+        raise ArgumentError(
+            f"{name} must be (out, lse), got {type(part).__name__}: pass what "
+            "attention(..., return_lse=True) gives"
+        )
+    return pair[0], pair[1]
 
 
 def join(parts: Parts) -> tuple[Array, Array]:

@@ -20,7 +20,7 @@ from sparseattn.inputs import (
     read_problem,
 )
 from sparseattn.packed import build, read_cu_seqlens, read_ints
-from sparseattn.variants.base import Piece, Problem, Variant, parse
+from sparseattn.variants.base import Piece, Problem, Variant, nearest, parse
 from sparseattn.weights import Rows
 
 if TYPE_CHECKING:
@@ -39,9 +39,12 @@ RENAMED = {
     "attn_mask": "mask for a bool array, or bias for floats",
     "attention_mask": "key_mask for padding (batch, n_k), mask for bool, bias for floats",
     "key_padding_mask": "key_mask, with True for the keys that are there",
+    "padding_mask": "key_mask, with True for the keys that are there",
     "attn_bias": "bias",
     "alibi_slopes": "bias",
     "dropout": "dropout_p",
+    "attention_dropout": "dropout_p",
+    "generator": "seed",
     "softmax_scale": "scale",
     "sm_scale": "scale",
     "scaling": "scale",
@@ -58,14 +61,28 @@ RENAMED = {
     "block_mask": "spec, as in sa.BlockMask(64), or a plan",
     "enable_gqa": "nothing: unequal numbers of heads just work",
     "need_weights": "return_weights",
+    "output_attentions": "return_weights",
     "return_attn_probs": "return_weights",
+    "return_softmax_lse": "return_lse",
+    "past_key_values": "cache, as in cache=sa.Cache()",
+    "past_key_value": "cache, as in cache=sa.Cache()",
+    "kv_cache": "cache, as in cache=sa.Cache()",
+    "use_cache": "cache, as in cache=sa.Cache()",
+    "sinks": "params, as in params={'sink': one score a head}",
+    "s_aux": "params, as in params={'sink': one score a head}",
 }
 
 
-def refuse_keywords(function: str, wrong: dict[str, Any], known: tuple[str, ...]) -> None:
+def refuse_keywords(
+    function: str,
+    wrong: dict[str, Any],
+    known: tuple[str, ...],
+    renamed: dict[str, str] = RENAMED,
+) -> None:
     """A TypeError that names the right argument for the first unknown one."""
     for name in wrong:
-        right = RENAMED.get(name) or f"one of {', '.join(known)}"
+        near = nearest(name, known, cutoff=0.7)
+        right = renamed.get(name) or (near[0] if near else f"one of {', '.join(known)}")
         raise UnknownArgument(f"{function}() has no argument {name}: use {right}")
 
 

@@ -45,8 +45,10 @@ def use(model: Any, spec: Variant | str) -> Iterator[Any]:
 
     Examples
     --------
-    >>> with sa.use(model, "window:64"):                                # doctest: +SKIP
-    ...     text = model.generate("Once upon a time")
+    >>> import sparseattn as sa
+    >>> model = sa.Model.from_pretrained()
+    >>> with sa.use(model, "window:64"):
+    ...     text = model.generate("The list of", max_new_tokens=8)
     """
     wanted = parse(spec)
     with opened(model, wanted):

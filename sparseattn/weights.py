@@ -204,7 +204,7 @@ def largest(ops: Operands, lse: Array, problem: Problem, plan: Any, n: int) -> t
 
 def of_piece(
     piece: Piece, ops: Operands, lse: Array, problem: Problem, group: int
-) -> tuple[tuple[Any, ...], slice]:
+) -> tuple[tuple[Array, Array, Array, _core.Plan, Problem, Array], slice]:
     """q, k, v, plan, problem and lse of the heads of one piece, and those heads."""
     own, kv = slice(piece.begin, piece.end), slice(*piece.kv_range(group))
     arrays = (ops.q[:, own], ops.k[:, kv], ops.k[:, kv])  # values are not read

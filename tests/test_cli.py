@@ -23,7 +23,7 @@ from tiny_models import LLAMA_CONFIG, llama_weights, save_folder
 import sparseattn as sa
 from sparseattn.cli import make_parser
 
-VERBS = ("compare", "eval", "info", "version")
+VERBS = ("compare", "eval", "generate", "info", "version")
 COMMAND = [sys.executable, "-m", "sparseattn"]
 ENV = {
     **os.environ,
@@ -170,6 +170,14 @@ def test_verbs_that_do_not_exist_are_not_listed():
         (["eval", "--model", "{bare}"], "model.safetensors"),
         (["eval", "--model", "{bare}", "--random-weights", "0"], "no tokenizer"),
         (["eval", "--attention", "dense,topk:4"], "compare"),
+        (["eval", "--attention", "dense", "--attention", "topk:4"], "compare takes several"),
+        (["compare", "--token", "many"], "did you mean --tokens?"),
+        (["info", "--threads", "0"], "number of threads must be 1 to 64"),
+        (["generate", "x", "--max-tokens", "5"], "did you mean --max-new-tokens?"),
+        (["generate", "Once", "upon", "a"], "quotes"),
+        (["generate", "x", "--top-k", "5"], "temperature"),
+        (["generate", "x", "--attention", "dense", "--attention", "topk:4"], "takes one here"),
+        (["generate", "x", "--stop", ""], "stop holds an empty string"),
         (["info", "--save", "{text}"], "is a file"),
     ],
     ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "",

@@ -127,6 +127,12 @@ WRONG: list[tuple[Any, type[Exception], list[str]]] = [
     (lambda: call(softmax_scale=0.1), TypeError, ["softmax_scale", "use scale"]),
     (lambda: call(window_size=(3, 0)), TypeError, ["window_size", "sa.Window"]),
     (lambda: call(need_weights=True), TypeError, ["return_weights"]),
+    (lambda: call(past_key_values=3), TypeError, ["past_key_values", "cache=sa.Cache()"]),
+    (lambda: call(sinks=3), TypeError, ["sinks", "params={'sink'"]),
+    (lambda: call(is_casual=True), TypeError, ["is_casual: use causal"]),
+    (lambda: call(soft_cap=True), TypeError, ["soft_cap: use softcap"]),
+    (lambda: sa.attention_vjp(Q, K, V, dout=Q), TypeError, ["pullback(dout)"]),
+    (lambda: sa.attention_vjp(Q, K, V, return_lse=True), TypeError, ["lse comes with"]),
     (lambda: call(colour=3), TypeError, ["colour", "return_lse"]),
     (lambda: sa.plan(Q, K, is_causal=True), TypeError, ["plan()", "causal"]),
     # what comes later

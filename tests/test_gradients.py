@@ -464,6 +464,8 @@ def test_wrong_gradients_are_answered() -> None:
         vjp.pullback(dout, dlse[..., None])
     with pytest.raises(sa.DtypeError, match=r"dout must have dtype float32.*astype\(out\.dtype\)"):
         vjp.pullback(dout.astype(np.float64))
+    with pytest.raises(sa.DtypeError, match=r"pass np\.asarray\(dout, out\.dtype\)"):
+        vjp.pullback(dout.tolist())
     with pytest.raises(sa.DtypeError, match=r"dlse must have dtype float32 as lse has, got int64"):
         vjp.pullback(dout, dlse.astype(np.int64))
     with pytest.raises(sa.UnknownArgument, match=r"attention_vjp\(\) has no argument cache"):

@@ -111,6 +111,25 @@ def test_a_row_stands_alone_on_tiles(dtype: Any, isa: str, tiles: None) -> None:
     assert np.array_equal(linear(x[7:8], turned, bias, True), whole[7:8])
 
 
+@pytest.mark.parametrize("kind", ["f32", "f64", "f16", "bf16"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [(300, 205), (17, 40), (261, 1500), (1, 3)], ids=str)
+def test_a_few_rows_have_the_bits_of_many(
+    size: tuple[int, int], transposed: bool, kind: str, isa: str, tiles: None
+) -> None:
+    """They take a path of their own, which reads the matrix as it lies."""
+    real = np.float64 if kind == "f64" else np.float32
+    x, w, bias = make((9, *size), real, transposed)
+    if kind == "f16":
+        w = w.astype(np.float16)
+    if kind == "bf16":
+        w = (w.view(np.uint32) >> 16).astype(np.uint16)
+    whole = linear(x, w, bias, transposed)
+    for rows in (slice(3, 4), slice(0, 2), slice(6, 9), slice(1, 5), slice(0, 5)):
+        assert np.array_equal(linear(x[rows], w, bias, transposed), whole[rows])
+    assert np.array_equal(linear(x[8:4:-2], w, bias, transposed), whole[8:4:-2])
+
+
 def test_later_rows_change_no_earlier_bit(engine: str) -> None:
     x, w, _ = make((130, 300, 97), np.float32, False)
     before = linear(x, w)

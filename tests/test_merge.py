@@ -176,6 +176,14 @@ def test_wrong_calls_are_answered() -> None:
         vjp.pullback(dout, dlse.astype(np.float32))
     with pytest.raises(sa.ArgumentError, match="got 0 parts"):
         sa.merge_vjp([])
+    pair = sa.attention(*[np.ones((2, 3, 4))] * 3, return_lse=True)
+    for wrong in (None, pair, pair.out):
+        with pytest.raises(sa.ArgumentError, match=r"parts must be a list, got .*\[\(out, lse\)"):
+            sa.merge(wrong)
+    mass = sa.attention(*[np.ones((2, 3, 4))] * 3, return_weights="mass")
+    for wrong in ([pair.out], [mass], [None], [(pair.out,)]):  # mass has the shape of an lse
+        with pytest.raises(sa.ArgumentError, match=r"parts\[0\] must be \(out, lse\).*return_lse"):
+            sa.merge(wrong)
     with pytest.raises(sa.ArgumentError, match=r"parts\[1\] has shapes"):
         sa.merge_vjp([parts[0], (parts[1][0][:1], parts[1][1])])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def test_head_of_some_rows(model: Model) -> None:
         ([1.0], DtypeError, "tokens is float64: give integers"),
         ([True], DtypeError, "tokens is bool: give integers"),
         (["a"], DtypeError, "tokens is <U1: give integers"),
+        ("abc", DtypeError, r"tokens is a str: give model\.tokenizer\.encode"),
         ([2**70], DtypeError, "tokens is object: give integers"),
         ([1, 61], ArgumentError, "tokens holds 61: this model's ids are 0 to 60"),
         ([1, -1], ArgumentError, "tokens holds -1: this model's ids are 0 to 60"),
@@ -155,8 +157,32 @@ def test_per_layer(model: Model) -> None:
     for layer in (3, -1, "0", True):
         with pytest.raises(ArgumentError, match=f"per_layer names layer {layer!r}: layers are 0"):
             model(IDS, per_layer={layer: "dense"})  # type: ignore[dict-item]
+    for per_layer in ("dense", ["dense"]):
+        with pytest.raises(ArgumentError, match=r"per_layer is .*give specs by layer"):
+            model(IDS, per_layer=per_layer)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="unknown attention variant"):
         model(IDS, attention="windowing:5")
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_words_of_elsewhere_are_answered(model: Model, method: str) -> None:
+    run = getattr(model, method)
+    for word, right in (("max_length", "max_new_tokens"), ("do_sample", "temperature"),
+                        ("spec", "attention"), ("max_newtokens", "max_new_tokens"),
+                        ("colour", "one of max_new_tokens")):  # fmt: skip
+        match = rf"{method}\(\) has no argument {word}: use {right}"
+        with pytest.raises(sa.UnknownArgument, match=match):
+            run([1, 2], **{word: 1})
+    with pytest.raises(DtypeError, match="prompt is a mapping: give its ids"):
+        run({"input_ids": [1, 2]})
+
+
+def test_the_models_own_examples_run() -> None:
+    for of in (Model, Model.from_pretrained, Model.__call__, Model.generate, Model.stream):
+        examples = doctest.DocTestFinder(recurse=False).find(of, of.__qualname__)
+        assert of is Model or any(test.examples for test in examples), of
+        for test in examples:
+            assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
 
 
 def test_watching_changes_no_bit(model: Model) -> None:

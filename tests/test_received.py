@@ -282,6 +282,17 @@ def test_rows_and_keys_without_weights(isa: str) -> None:
     np.testing.assert_allclose(mass.sum(-1), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n_q", [63, 1], ids=["", "decode"])
+def test_a_score_of_minus_infinity_weighs_nothing(n_q: int, isa: str) -> None:
+    """Lanes without a row see 0 times infinity: no row's business."""
+    q = np.abs(make_qkv((1, 2, 2, n_q, 70, 16, 16), seed=16)[0]) + 1
+    k = make_qkv((1, 2, 2, n_q, 70, 16, 16), seed=17)[1].copy()
+    k[:, :, 9, 5] = -np.inf
+    mass, top = both(q, k, k[..., :3] * 0, "dense", 70)
+    assert not mass[:, :, 9].any() and not (top.indices == 9).any()
+    np.testing.assert_allclose(mass.sum(-1), n_q, rtol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (5, 0), (1, 1)])
 @pytest.mark.parametrize("batch", [0, 2])
 def test_empty_sizes(batch: int, sizes: tuple[int, int]) -> None:

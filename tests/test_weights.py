@@ -133,7 +133,7 @@ def extra(n: int, word: str, spec: str) -> int:
 @pytest.mark.usefixtures("clean_memory")
 @pytest.mark.parametrize("word", ["mass", "topn:16"])
 def test_long_rows_take_linear_memory(word: str, with_threads: Callable[[int], None]) -> None:
-    """N = 65,536: at most 48 bytes a key and thread, and the plan; N x N weights would be 16 GiB."""
+    """N = 65,536: at most 48 bytes a key and thread; N x N weights would be 16 GiB."""
     with_threads(2)
     short, long = extra(16_384, word, "dense"), extra(65_536, word, "dense")
     assert long <= 4 * short
@@ -150,9 +150,9 @@ def core_call(**changed: Any) -> dict[str, Any]:
     _, lse = core_calls.attend(q, k, v)
     call = {
         "lse": lse,
-        "mass": np.empty((batch, heads, n_k), np.float32),
-        "values": np.empty((batch, heads, n_q, n), np.float32),
-        "indices": np.empty((batch, heads, n_q, n), np.int64),
+        "mass": np.zeros((batch, heads, n_k), np.float32),
+        "values": np.zeros((batch, heads, n_q, n), np.float32),
+        "indices": np.zeros((batch, heads, n_q, n), np.int64),
     }
     return {"q": q, "k": k, "v": v, "parts": core_calls.build("dense", q, k)} | call | changed
 

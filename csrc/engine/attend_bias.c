@@ -8,32 +8,37 @@
 
 enum { WANTED_TASKS = 64, MOST_RUNS = 16, LEAST_RUN_KEYS = 128 };
 
+/* dbias += ds[x * step] at row r of the group and keys[x], x < n. */
 static void
-add_bias(sa_view dbias, int64_t b, const sa_query *q, int32_t key, double ds)
+add_row(const sa_grad_group *gg, int r, const int32_t *keys, int n, const char *ds, int64_t step)
 {
-    void *const row = sa_view_row(dbias, b, q->head, q->i);
-    const int64_t at = key * dbias.stride[3];
-    if (dbias.dtype == SA_F64) {
-        ((double *)row)[at] += ds;
-    } else {
-        ((float *)row)[at] += (float)ds;
+    const sa_query *const q = &gg->g.s.query[r];
+    const sa_view dbias = gg->call->grads->dbias;
+    const int64_t bytes = (int64_t)gg->g.call->real_bytes;
+    void *const row = sa_view_row(dbias, gg->g.b, q->head, q->i);
+    for (int x = 0; x < n; x++) {
+        const double more = sa_real_at(ds + x * step * bytes, bytes == 8);
+        const int64_t at = keys[x] * dbias.stride[3];
+        if (dbias.dtype == SA_F64) {
+            ((double *)row)[at] += more;
+        } else {
+            ((float *)row)[at] += (float)more;
+        }
     }
 }
 
 static void
 bias_sums(sa_grad_group *gg, int r, const sa_key_tile *tile, int a, int n)
 {
-    const sa_view dbias = gg->call->grads->dbias;
     const size_t bytes = gg->g.call->real_bytes;
-    const int first = r < 0 ? gg->strip * gg->w : r;
-    const int end = r < 0 ? SA_MIN(first + gg->w, gg->g.n_rows) : r + 1;
+    if (r >= 0) {
+        add_row(gg, r, tile->keys + a, n, gg->s.ds, 1);
+        return;
+    }
+    const int first = gg->strip * gg->w, end = SA_MIN(first + gg->w, gg->g.n_rows);
+    const char *const ds = gg->s.ds + (size_t)(gg->strip * gg->step + a * gg->w) * bytes;
     for (int row = first; row < end; row++) {
-        for (int x = 0; x < n; x++) {
-            const int64_t at =
-                r < 0 ? gg->strip * gg->step + (int64_t)(a + x) * gg->w + (row - first) : x;
-            add_bias(dbias, gg->g.b, &gg->g.s.query[row], tile->keys[a + x],
-                     sa_real_at(gg->s.ds + (size_t)at * bytes, bytes == 8));
-        }
+        add_row(gg, row, tile->keys + a, n, ds + (size_t)(row - first) * bytes, gg->w);
     }
 }
 

@@ -167,18 +167,23 @@ grad_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     return status;
 }
 
+/* An array of this dtype, shaped as `like` is; or none. */
 static sa_status
-check_view(sa_ctx *ctx, const char *name, sa_view v, sa_dtype dtype, const int64_t size[4])
+check_view(sa_ctx *ctx, const char *name, sa_view v, sa_dtype dtype, const char *like,
+           const int64_t size[4])
 {
     for (int a = 0; a < 4 && v.data != NULL; a++) {
         if (v.size[a] != size[a]) {
-            return sa_fail(ctx, SA_EINVAL, "%s has %lld entries on axis %d, not %lld", name,
-                           (long long)v.size[a], a, (long long)size[a]);
+            return sa_fail(ctx, SA_EINVAL,
+                           "%s has %lld entries on axis %d and must have %lld; shape it as %s",
+                           name, (long long)v.size[a], a, (long long)size[a], like);
         }
     }
     if (v.data != NULL && v.dtype != dtype) {
-        return sa_fail(ctx, SA_ETYPE, "%s must be %s as the gradients are computed in", name,
-                       dtype == SA_F64 ? "float64" : "float32");
+        return sa_fail(ctx, SA_ETYPE,
+                       "%s must be %s, in which gradients of this q are computed; "
+                       "convert it first",
+                       name, dtype == SA_F64 ? "float64" : "float32");
     }
     return SA_OK;
 }
@@ -186,20 +191,18 @@ check_view(sa_ctx *ctx, const char *name, sa_view v, sa_dtype dtype, const int64
 static sa_status
 check_grads(sa_ctx *ctx, const sa_attend_grads *g, const sa_problem *p)
 {
-    const sa_dtype real = sa_real_is_f64(p->q.dtype) ? SA_F64 : SA_F32;
+    const sa_dtype real = sa_real_of(p->q.dtype);
+    const sa_dtype sums = g->dbias.dtype == SA_F64 ? SA_F64 : SA_F32;
     const int64_t row[] = {p->batch, p->heads, p->n_q, 1};
     const int64_t out[] = {p->batch, p->heads, p->n_q, p->dim_v};
     const int64_t pairs[] = {p->batch, p->heads, p->n_q, p->n_k};
-    const int64_t q[] = {p->batch, p->heads, p->n_q, p->dim};
-    const int64_t k[] = {p->batch, p->kv_heads, p->n_k, p->dim};
-    const int64_t v[] = {p->batch, p->kv_heads, p->n_k, p->dim_v};
-    sa_status s = check_view(ctx, "dout", g->dout, g->dout.dtype, out);
-    s = s ? s : check_view(ctx, "lse", g->lse, real, row);
-    s = s ? s : check_view(ctx, "delta", g->delta, real, row);
-    s = s ? s : check_view(ctx, "dq", g->dq, real, q);
-    s = s ? s : check_view(ctx, "dk", g->dk, real, k);
-    s = s ? s : check_view(ctx, "dv", g->dv, real, v);
-    return s ? s : check_view(ctx, "dbias", g->dbias, g->dbias.dtype, pairs);
+    sa_status s = check_view(ctx, "dout", g->dout, g->dout.dtype, "out", out);
+    s = s ? s : check_view(ctx, "lse", g->lse, real, "the rows of q", row);
+    s = s ? s : check_view(ctx, "delta", g->delta, real, "the rows of q", row);
+    s = s ? s : check_view(ctx, "dq", g->dq, real, "q", p->q.size);
+    s = s ? s : check_view(ctx, "dk", g->dk, real, "k", p->k.size);
+    s = s ? s : check_view(ctx, "dv", g->dv, real, "v", p->v.size);
+    return s ? s : check_view(ctx, "dbias", g->dbias, sums, "the scores", pairs);
 }
 
 /* Pairs of a row block and a run of keys in which it has spans; the keys of all spans. */

@@ -39,7 +39,7 @@ row_weights(const sa_grad_group *gg, int r, const sa_key_tile *tile, int a, int 
 }
 
 static void
-row_sums(const sa_grad_group *gg, const sa_key_tile *tile, int a, int n, bool terms)
+row_sums(const sa_grad_group *gg, int a, int n, bool terms)
 {
     const sa_attend_grads *const grads = gg->call->grads;
     const sa_problem *const p = gg->g.call->p;
@@ -59,7 +59,6 @@ row_sums(const sa_grad_group *gg, const sa_key_tile *tile, int a, int n, bool te
         sums.dim = (int)p->dim;
         gg->g.call->tile->sums(gg->s.dk_row + a, &sums);
     }
-    (void)tile;
 }
 
 /* Keys [a, a + n) of the tile against row r. */
@@ -78,7 +77,7 @@ row_keys(sa_grad_group *gg, int r, const sa_key_tile *tile, int a, int n)
     }
     if (gg->sums) {
         sa_grad_key_rows(gg, tile);
-        row_sums(gg, tile, a, n, terms);
+        row_sums(gg, a, n, terms);
     }
 }
 

@@ -66,7 +66,7 @@ group_finite(const sa_grad_group *gg, sa_grad_rows_at rows, int64_t dim)
 {
     bool finite = true;
     for (int r = 0; r < gg->g.n_rows && rows.at != NULL; r++) {
-        const void *const row = rows.at + (size_t)(r * rows.ld) * gg->g.call->real_bytes;
+        const void *const row = rows.at + r * rows.ld * (int64_t)gg->g.call->real_bytes;
         finite = finite && gg->g.call->tile->finite(&row, 1, (int)dim);
     }
     return finite;
@@ -308,8 +308,8 @@ add_sums(const sa_grad_group *gg, int a, int b, int first, int last, bool seen)
 {
     const sa_attend_grads *const grads = gg->call->grads;
     const sa_problem *const pr = gg->g.call->p;
-    const size_t bytes = gg->g.call->real_bytes, row = (size_t)(first * gg->w);
-    const size_t at = (size_t)(first * gg->step + (int64_t)a * gg->w) * bytes;
+    const int64_t bytes = (int64_t)gg->g.call->real_bytes, row = (int64_t)first * gg->w;
+    const int64_t at = (first * gg->step + (int64_t)a * gg->w) * bytes;
     sa_strip_sums sums = {
         .seen = seen ? gg->s.seen + at : NULL,
         .step = gg->step,
@@ -319,14 +319,14 @@ add_sums(const sa_grad_group *gg, int a, int b, int first, int last, bool seen)
     };
     if (grads->dv.data != NULL && grads->dout.data != NULL) {
         sums.p = gg->s.p + at;
-        sums.b = gg->dout.at + row * (size_t)gg->dout.ld * bytes;
+        sums.b = gg->dout.at + row * gg->dout.ld * bytes;
         sums.ldb = gg->dout.ld;
         sums.dim = (int)pr->dim_v;
         gg->g.call->tile->sums(gg->s.dv_row + a, &sums);
     }
     if (grads->dk.data != NULL) {
         sums.p = gg->s.ds + at;
-        sums.b = gg->q.at + row * (size_t)gg->q.ld * bytes;
+        sums.b = gg->q.at + row * gg->q.ld * bytes;
         sums.ldb = gg->q.ld;
         sums.dim = (int)pr->dim;
         gg->g.call->tile->sums(gg->s.dk_row + a, &sums);

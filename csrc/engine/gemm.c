@@ -22,9 +22,9 @@ enum {
     ROWS = 512,      /* of a block at most: what packing b is spread over                     */
     ROWS_NEAR = 192, /* rows of a that stay near while the panels pass                        */
     ROWS_READ = 16,  /* rows of b that are packed side by side                                */
-    THIN_STEP = 64,  /* columns of a thin task come in such steps                  */
-    THIN_WANTED = 1 << 14, /* a thin task of fewer numbers of b is not worth a dispatch */
     TASKS_WANTED = 8,
+    THIN_STEP = 64,        /* columns of a thin task come in such steps             */
+    THIN_WANTED = 1 << 14, /* numbers of b that are worth a dispatch to a thin task */
 };
 #define FLOPS_WANTED 2e6 /* a task of less is not cut further: about ten dispatches */
 

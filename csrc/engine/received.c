@@ -26,7 +26,7 @@ typedef struct {
     const sa_part *part;
     bool few; /* blocks have so few rows that each row goes alone */
     int64_t runs, run_keys, pieces;
-    double *partial; /* [pieces][batch * heads of the part][n_k] */
+    double *partial; /* [pieces][batch * heads of the part][n_k]; NULL: there is one piece */
 } mass_call;
 
 /* A group whose sums stand at acc[(j - key_lo) * step + ..], one a lane where step is `lanes`. */
@@ -151,17 +151,36 @@ run_group(sa_group *g, bool few)
     (few || mg->call->few ? mass_rows : mass_strips)(mg);
 }
 
-/* Sums over the lanes, into the place of the task. */
+/* The mass of a key, `row` being a head of the part in some batch entry. */
 static void
-store(const mass_group *mg, double *to)
+put_mass(const mass_call *call, int64_t row, int64_t key, double sum)
 {
+    const int64_t heads = part_heads(call->part), head = call->part->head_begin + row % heads;
+    void *const to = sa_view_row(call->mass, row / heads, head, key);
+    if (call->call.real_bytes == 8) {
+        *(double *)to = sum;
+    } else {
+        *(float *)to = (float)sum;
+    }
+}
+
+/* Sums over the lanes, to where the task's piece belongs. */
+static void
+store(const mass_group *mg, int64_t piece, int64_t row)
+{
+    const mass_call *const call = mg->call;
+    const int64_t rows = call->call.p->batch * part_heads(call->part), n_k = call->call.p->n_k;
     for (int64_t key = mg->g.key_lo; key < mg->g.key_hi; key++) {
         const char *const from = sums_of(mg, key);
         double sum = 0;
         for (int64_t i = 0; i < mg->step; i++) {
-            sum += get(from, i, mg->g.call->real_bytes == 8);
+            sum += get(from, i, call->call.real_bytes == 8);
         }
-        to[key] = sum;
+        if (call->partial == NULL) {
+            put_mass(call, row, key, sum);
+        } else {
+            call->partial[(piece * rows + row) * n_k + key] = sum;
+        }
     }
 }
 
@@ -201,7 +220,7 @@ mass_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
             sa_group_block(&mg.g, block, true, head, 1);
         }
     }
-    store(&mg, call->partial + (piece * rows + row) * p->n_k);
+    store(&mg, piece, row);
     return SA_OK;
 }
 
@@ -210,23 +229,15 @@ static sa_status
 join_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 {
     const mass_call *const call = arg;
-    const sa_problem *const p = call->call.p;
-    const int64_t heads = part_heads(call->part), rows = p->batch * heads, row = task % rows;
-    const int64_t begin = task / rows * LONG_RUN, end = SA_MIN(begin + LONG_RUN, p->n_k);
-    const bool f64 = call->call.real_bytes == 8;
+    const int64_t rows = call->call.p->batch * part_heads(call->part), n_k = call->call.p->n_k;
+    const int64_t row = task % rows, begin = task / rows * LONG_RUN;
     (void)ctx, (void)worker;
-    for (int64_t key = begin; key < end; key++) {
+    for (int64_t key = begin; key < SA_MIN(begin + LONG_RUN, n_k); key++) {
         double sum = 0;
         for (int64_t piece = 0; piece < call->pieces; piece++) {
-            sum += call->partial[(piece * rows + row) * p->n_k + key];
+            sum += call->partial[(piece * rows + row) * n_k + key];
         }
-        void *const to =
-            sa_view_row(call->mass, row / heads, call->part->head_begin + row % heads, key);
-        if (f64) {
-            *(double *)to = sum;
-        } else {
-            *(float *)to = (float)sum;
-        }
+        put_mass(call, row, key, sum);
     }
     return SA_OK;
 }
@@ -262,24 +273,32 @@ cut(mass_call *call)
 }
 
 static sa_status
+reserve_pieces(sa_ctx *ctx, mass_call *call)
+{
+    const size_t heads = (size_t)(call->call.p->batch * part_heads(call->part));
+    size_t n = 0;
+    if (call->pieces > 1 &&
+        (!sa_mul((size_t)call->pieces, heads, &n) || !sa_mul(n, (size_t)call->call.p->n_k, &n) ||
+         (call->partial = sa_malloc_array(n, sizeof(double))) == NULL)) {
+        return sa_fail(ctx, SA_ENOMEM, "mass: no memory for %lld sums of %lld keys",
+                       (long long)call->pieces, (long long)call->call.p->n_k);
+    }
+    return SA_OK;
+}
+
+static sa_status
 part_mass(sa_ctx *ctx, mass_call *call)
 {
     const sa_problem *const p = call->call.p;
     const int64_t heads = p->batch * part_heads(call->part);
     mass_group none;
-    size_t n = 0;
     cut(call);
     sa_status status = sa_scratch_reserve(ctx, carve(call, NULL, &none) + 32 * SA_ALIGN);
-    if (status == SA_OK &&
-        (!sa_mul((size_t)call->pieces, (size_t)heads, &n) || !sa_mul(n, (size_t)p->n_k, &n) ||
-         (call->partial = sa_malloc_array(n, sizeof(double))) == NULL)) {
-        status =
-            sa_fail(ctx, SA_ENOMEM, "mass: no memory for the sums of %lld keys", (long long)p->n_k);
-    }
+    status = status ? status : reserve_pieces(ctx, call);
     if (status == SA_OK) {
         status = sa_parallel(ctx, heads * call->runs * call->pieces, mass_task, call);
     }
-    if (status == SA_OK) {
+    if (status == SA_OK && call->pieces > 1) {
         status = sa_parallel(ctx, heads * pieces_of(p->n_k, LONG_RUN), join_task, call);
     }
     sa_free(call->partial);

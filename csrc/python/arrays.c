@@ -70,9 +70,10 @@ extent(PyArrayObject *array, const char **low, const char **high)
     *high += PyArray_ITEMSIZE(array);
 }
 
-/* True when no two elements share memory: each stride steps over all that smaller strides reach. */
+/* True when no two elements share memory: each stride steps over all that smaller strides reach.
+ * With sums, but for those along strides of 0. */
 static bool
-elements_apart(PyArrayObject *array)
+elements_apart(PyArrayObject *array, bool sums)
 {
     npy_intp reach = PyArray_ITEMSIZE(array);
     unsigned seen = 0;
@@ -91,7 +92,7 @@ elements_apart(PyArrayObject *array)
         seen |= 1u << next;
         if (PyArray_DIM(array, next) > 1) {
             const npy_intp step = Py_ABS(PyArray_STRIDE(array, next));
-            if (step < reach) {
+            if (step < reach && !(sums && step == 0)) {
                 return false;
             }
             reach += (PyArray_DIM(array, next) - 1) * step;
@@ -146,7 +147,7 @@ check_layout(py_call *call, PyArrayObject *array, const char *arg, unsigned flag
         fault = "must be C-contiguous; use np.ascontiguousarray";
     } else if ((flags & PY_WRITE) && !PyArray_ISWRITEABLE(array)) {
         fault = "is read-only; pass an array that may be written";
-    } else if ((flags & PY_WRITE) && !elements_apart(array)) {
+    } else if ((flags & PY_WRITE) && !elements_apart(array, flags & PY_SUMS)) {
         fault = "overlaps itself; pass an array whose elements are apart in memory";
     }
     if (fault) {

@@ -24,6 +24,7 @@ enum {
     PY_WRITE = 2,      /* an output: writable, and no element twice                    */
     PY_ANY_LAST = 4,   /* the last axis may have any stride; otherwise contiguous      */
     PY_CONTIGUOUS = 8, /* C-contiguous throughout                                      */
+    PY_SUMS = 16,      /* with PY_WRITE: strides of 0 stand for axes that are summed   */
 };
 
 /* The view of an ndarray of exactly n_axes axes (1 to 4), which become the last ones: a (rows, k)

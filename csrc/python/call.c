@@ -72,6 +72,7 @@ py_problem(py_call *call, PyObject *tuple, sa_problem *p, py_problem_arrays *arr
     arrays->mask = PyTuple_GET_ITEM(tuple, 3);
     arrays->bias = PyTuple_GET_ITEM(tuple, 4);
     arrays->key_mask = PyTuple_GET_ITEM(tuple, 5);
+    arrays->sink = size > 6 ? PyTuple_GET_ITEM(tuple, 8) : Py_None;
     if (py_int(call, PyTuple_GET_ITEM(tuple, 0), "causal", 0, 2, &causal) < 0 ||
         py_real(call, PyTuple_GET_ITEM(tuple, 1), "scale", -any, any, &p->scale) < 0 ||
         py_real(call, PyTuple_GET_ITEM(tuple, 2), "softcap", -any, any, &p->softcap) < 0 ||
@@ -257,12 +258,22 @@ int
 py_output_apart(py_call *call, PyObject *out, const char *name, PyObject *const *args,
                 const py_attend_call *in)
 {
-    static const char *const names[] = {"q", "k", "v", "mask", "bias", "key_mask"};
+    static const char *const names[] = {"q", "k", "v", "mask", "bias", "key_mask", "sink"};
     PyObject *const inputs[] = {args[0],        args[1],        args[2],
-                                in->given.mask, in->given.bias, in->given.key_mask};
+                                in->given.mask, in->given.bias, in->given.key_mask,
+                                in->given.sink};
 
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 7; i++) {
         if (py_no_overlap(call, out, name, inputs[i], names[i]) < 0) {
+            return -1;
+        }
+    }
+    const bool many = PyTuple_Check(args[3]);
+    for (int i = 0; i < in->n_parts; i++) {
+        PyObject *const entry = many ? PyTuple_GET_ITEM(args[3], i) : args[3];
+        const py_plan *const plan = (py_plan *)(many ? PyTuple_GET_ITEM(entry, 0) : entry);
+        if (py_no_overlap(call, out, name, plan->mask, "the mask of a plan") < 0 ||
+            py_no_overlap(call, out, name, plan->key_mask, "the key_mask of a plan") < 0) {
             return -1;
         }
     }
@@ -282,14 +293,14 @@ py_attend(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     sa_view out, lse;
 
     if (py_call_begin(&call, module, "attend", nargs, 7) < 0 ||
-        py_attend_inputs(&call, args, &in) < 0 ||
-        py_output_apart(&call, args[5], "out", args, &in) < 0 ||
-        py_output_apart(&call, args[6], "lse", args, &in) < 0) {
+        py_attend_inputs(&call, args, &in) < 0) {
         goto done;
     }
     const sa_problem *const p = &in.p;
     const int64_t size[] = {p->batch, p->heads, p->n_q, p->dim_v};
-    if (read_outputs(&call, args[5], args[6], size, p->q.dtype, &out, &lse) < 0) {
+    if (read_outputs(&call, args[5], args[6], size, p->q.dtype, &out, &lse) < 0 ||
+        py_output_apart(&call, args[5], "out", args, &in) < 0 ||
+        py_output_apart(&call, args[6], "lse", args, &in) < 0) {
         goto done;
     }
     py_call_detach(&call);

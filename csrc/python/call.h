@@ -8,7 +8,7 @@
 
 /* What a problem tuple holds besides numbers; borrowed from the tuple. */
 typedef struct {
-    PyObject *mask, *bias, *key_mask;
+    PyObject *mask, *bias, *key_mask, *sink;
     PyObject *cu_seqlens; /* None: one sequence, else for the makers of plans */
 } py_problem_arrays;
 
@@ -27,7 +27,7 @@ typedef struct {
     py_problem_arrays given;
 } py_attend_call;
 int py_attend_inputs(py_call *call, PyObject *const *args, py_attend_call *in);
-/* Refuses an output (or None) that shares memory with what that call reads. */
+/* Refuses an output, an array or None, that shares memory with what that call reads. */
 int py_output_apart(py_call *call, PyObject *out, const char *name, PyObject *const *args,
                     const py_attend_call *in);
 

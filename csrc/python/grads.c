@@ -11,33 +11,18 @@ static int
 read_grad(py_call *call, PyObject *const *args, int at, const char *name, const py_attend_call *in,
           unsigned flags, sa_view *view)
 {
+    static const char *const names[] = {"dout", "lse", "delta", "dq", "dk", "dv"};
     const unsigned real =
-        PY_DTYPE(sa_real_of(in->p.q.dtype)) | (flags & PY_ANY_LAST ? PY_DTYPE(SA_F64) : 0);
+        PY_DTYPE(sa_real_of(in->p.q.dtype)) | (flags & PY_SUMS ? PY_DTYPE(SA_F64) : 0);
 
-    if (py_view(call, args[at], name, 4, real, PY_OPTIONAL | flags, view) < 0 ||
+    if (py_view(call, args[at], name, 4, real, PY_OPTIONAL | PY_WRITE | flags, view) < 0 ||
         py_output_apart(call, args[at], name, args, in) < 0) {
         return -1;
     }
-    for (int other = 5; other < 8; other++) {
-        if (py_no_overlap(call, args[at], name, args[other], "dout, lse or delta") < 0) {
+    for (int other = 5; other < at; other++) {
+        if (py_no_overlap(call, args[at], name, args[other], names[other - 5]) < 0) {
             return -1;
         }
-    }
-    for (int other = 8; other < at; other++) {
-        if (py_no_overlap(call, args[at], name, args[other], "another gradient") < 0) {
-            return -1;
-        }
-    }
-    return 0;
-}
-
-/* dbias is written where bias was broadcast as well: its owner must be able to be written. */
-static int
-check_writable(py_call *call, PyObject *object)
-{
-    if (object != Py_None && !PyArray_ISWRITEABLE((PyArrayObject *)object)) {
-        PyErr_SetString(call->state->argument, "dbias must be writable, got a read-only array");
-        return -1;
     }
     return 0;
 }
@@ -60,11 +45,10 @@ py_attend_grad(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
         py_view(&call, args[5], "dout", 4, PY_STORED, PY_OPTIONAL, &g.dout) < 0 ||
         py_row_view(&call, args[6], "lse", PY_REAL, 0, &g.lse) < 0 ||
         py_row_view(&call, args[7], "delta", PY_REAL, 0, &g.delta) < 0 ||
-        read_grad(&call, args, 8, "dq", &in, PY_WRITE, &g.dq) < 0 ||
-        read_grad(&call, args, 9, "dk", &in, PY_WRITE, &g.dk) < 0 ||
-        read_grad(&call, args, 10, "dv", &in, PY_WRITE, &g.dv) < 0 ||
-        read_grad(&call, args, 11, "dbias", &in, PY_ANY_LAST, &g.dbias) < 0 ||
-        check_writable(&call, args[11]) < 0) {
+        read_grad(&call, args, 8, "dq", &in, 0, &g.dq) < 0 ||
+        read_grad(&call, args, 9, "dk", &in, 0, &g.dk) < 0 ||
+        read_grad(&call, args, 10, "dv", &in, 0, &g.dv) < 0 ||
+        read_grad(&call, args, 11, "dbias", &in, PY_ANY_LAST | PY_SUMS, &g.dbias) < 0) {
         goto done;
     }
     py_call_detach(&call);

@@ -419,8 +419,8 @@ py_sample(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     }
     int32_t *const tokens = PyArray_DATA((PyArrayObject *)token);
     py_call_detach(&call);
-    const sa_status status = sa_op_sample(call.ctx, tokens, logits.data, u.data, logits.size[2],
-                                          logits.size[3], how);
+    const sa_status status =
+        sa_op_sample(call.ctx, tokens, logits.data, u.data, logits.size[2], logits.size[3], how);
     py_call_attach(&call);
     if (py_call_status(&call, status) == 0) {
         result = Py_NewRef(token);

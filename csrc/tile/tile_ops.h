@@ -1,8 +1,8 @@
 /* tile_ops.h - the functions of rows.h but for its products: activations, norms, sums of losses.
  *
- * Arithmetic is double for both real types: a vector then holds half as many
- * numbers, and in return float rows come out within an ulp of the truth with no case analysis.
- * Products take far longer than all of this.
+ * Arithmetic is double for both real types: a vector then holds half as many numbers, and in return
+ * float rows come out within an ulp of the truth with no case analysis. Products take far longer
+ * than all of this.
  */
 #include "tile/rows.h"
 #include "tile/tile_thin.h"

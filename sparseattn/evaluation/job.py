@@ -173,13 +173,8 @@ def load_model(
         return model, str(getattr(model, "folder", None) or type(model).__name__)
     from sparseattn.models import Model
 
-    if model is None:
-        folder = Path(__file__).resolve().parents[1] / "assets" / "tiny"
-        name = "the embedded default"
-    else:
-        folder = Path(model)
-        name = folder.resolve().name
-    loaded = Model.from_pretrained(folder, random_weights=random_weights, tokenizer=tokenizer)
+    name = "the embedded default" if model is None else Path(model).resolve().name
+    loaded = Model.from_pretrained(model, random_weights=random_weights, tokenizer=tokenizer)
     if random_weights is not None:
         name += f" with random weights (seed {random_weights})"
     return loaded, name

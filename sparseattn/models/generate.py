@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int64]
 
+KEYWORDS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "attention"),
+    "per_layer",
+)
+# What people type elsewhere, and what it is called here.
+RENAMED = {
+    "max_length": "max_new_tokens, which does not count the prompt",
+    "max_tokens": "max_new_tokens",
+    "do_sample": "temperature: None takes the likeliest token, a number above 0 draws",
+    "num_beams": "temperature, top_k and top_p: there is no beam search",
+    "generator": "seed",
+    "stop_strings": "stop",
+    "eos_token_id": "stop, or change the id in config.json",
+    "spec": "attention",
+}
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -73,6 +89,8 @@ def read_prompts(model: Model, prompt: Any) -> Prompts:
     """A string or token ids, or a list of either."""
     if isinstance(prompt, str):
         return Prompts([check_ids(model, encode(model, prompt), "prompt")], True, False)
+    if isinstance(prompt, Mapping):
+        raise DtypeError("prompt is a mapping: give its ids, as in prompt['input_ids']")
     if isinstance(prompt, bytes) or not hasattr(prompt, "__len__"):
         raise DtypeError(f"prompt is a {type(prompt).__name__}: give a str, token ids, or a list")
     items = list(prompt)

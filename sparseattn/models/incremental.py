@@ -3,13 +3,13 @@
 Prompts of different lengths run in one batch. Where every layer's spec looks back from the newest
 token only, the shorter ones are padded in front and share their caches. Where a spec names keys by
 their place (sinks, global columns), padding would stand in those places, so only prompts of one
-length share a cache. Rows of all groups go through the rest of the model together, without padding
+length share a cache; where it draws keys by their place in a batch, none do. Rows of all groups go through the rest of the model together, without padding
 from the first token on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sparseattn.attention import attention
 from sparseattn.cache import Cache
 from sparseattn.models.common import F32, Scratch, by_head
-from sparseattn.variants import Dense, Intersection, PerHead, TopK, Union, Variant, Window
+from sparseattn.variants import Dense, RandomKeys, TopK, Variant, Window
 
 if TYPE_CHECKING:
     from sparseattn.models.model import Model
@@ -147,15 +147,25 @@ class Incremental:
 def grouped(lengths: NDArray[np.int32], specs: Sequence[Variant]) -> list[list[int]]:
     """Which prompts may share caches."""
     prompts = list(range(len(lengths)))
-    if all(looks_back(spec) for spec in specs):
+    parts = {leaf for spec in specs for leaf in leaves(spec)}
+    if all(map(looks_back, parts)):
         return [prompts]
+    if any(isinstance(part, RandomKeys) for part in parts):
+        return [[p] for p in prompts]
     return [[p for p in prompts if lengths[p] == n] for n in dict.fromkeys(lengths.tolist())]
+
+
+def leaves(spec: Variant) -> Iterator[Variant]:
+    """The specs that a spec is made of."""
+    children = getattr(spec, "children", ())
+    for child in children:
+        yield from leaves(child)
+    if not children:
+        yield spec
 
 
 def looks_back(spec: Variant) -> bool:
     """Whether what a row keeps depends on the keys before it alone, not on how many there are."""
-    if isinstance(spec, Union | Intersection | PerHead):
-        return all(looks_back(child) for child in spec.children)
     if isinstance(spec, Window):
         return not spec.sinks and not spec.globals
     return isinstance(spec, Dense | TopK)

@@ -39,10 +39,11 @@ from sparseattn.models.common import (
     match,
     rows_of,
 )
-from sparseattn.models.generate import generate, read_request, stream
+from sparseattn.models.generate import KEYWORDS, RENAMED, generate, read_request, stream
 from sparseattn.models.gpt2 import GPT2
 from sparseattn.models.llama import LLAMA
 from sparseattn.models.tokenizer import Tokenizer, load_tokenizer
+from sparseattn.plan import refuse_keywords
 from sparseattn.variants.base import Variant, parse
 
 FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
@@ -50,6 +51,7 @@ FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
 Spec = Variant | str | None
 OnAttend = Callable[[int, Plan], None]
 
+EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 HASHED = 1 << 20  # parameters widened at a time for the fingerprint
 
 
@@ -93,7 +95,7 @@ class Model:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | None = None,
         *,
         random_weights: int | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
@@ -104,8 +106,9 @@ class Model:
 
         Parameters
         ----------
-        folder : path or str
-            A local folder; with the ``hub`` extra also a Hugging Face id.
+        folder : path or str, optional
+            A local folder; with the ``hub`` extra also a Hugging Face id. None is the small model
+            that the package carries.
         random_weights : int, optional
             A seed: read config.json only and draw the parameters as the family initialises them.
         tokenizer : path, optional
@@ -126,14 +129,15 @@ class Model:
         Examples
         --------
         >>> import sparseattn as sa
-        >>> model = sa.Model.from_pretrained("path/to/folder")          # doctest: +SKIP
-        >>> logits = model([[1, 2, 3]], attention="window:64")          # doctest: +SKIP
+        >>> model = sa.Model.from_pretrained()
+        >>> model([[1, 2, 3]], attention="window:64").shape
+        (1, 3, 2048)
         """
         if dtype not in (None, "float32"):
             raise ArgumentError(
                 f"dtype is {show(dtype)}: give 'float32', or None for the weights as stored"
             )
-        path = find_folder(folder)
+        path = EMBEDDED if folder is None else find_folder(folder)
         family, config = read_family(path)
         if random_weights is None:
             file = Checkpoint(find_weights(path), mmap=mmap)
@@ -202,7 +206,10 @@ class Model:
 
         Examples
         --------
-        >>> model(tokens, attention="topk:16", per_layer={0: "dense"})  # doctest: +SKIP
+        >>> import sparseattn as sa
+        >>> model = sa.Model.from_pretrained()
+        >>> model([1, 2, 3], attention="topk:16", per_layer={0: "dense"}).shape
+        (3, 2048)
         """
         hidden = self.hidden(tokens, attention, per_layer)
         return self.head(hidden)
@@ -274,6 +281,7 @@ class Model:
         *,
         attention: Spec = None,
         per_layer: Mapping[int, Spec] | None = None,
+        **wrong: Any,
     ) -> Any:
         """Continue a prompt, or several together.
 
@@ -311,8 +319,11 @@ class Model:
 
         Examples
         --------
-        >>> model.generate("Once upon a time", temperature=0.8)         # doctest: +SKIP
+        >>> import sparseattn as sa
+        >>> model = sa.Model.from_pretrained()
+        >>> text = model.generate("The list of", max_new_tokens=8, temperature=0.8)
         """
+        refuse_keywords("generate", wrong, KEYWORDS, RENAMED)
         return generate(
             read_request(
                 *(self, prompt),
@@ -339,6 +350,7 @@ class Model:
         *,
         attention: Spec = None,
         per_layer: Mapping[int, Spec] | None = None,
+        **wrong: Any,
     ) -> Iterator[Any]:
         """Continue one prompt, piece by piece: what :meth:`generate` returns, as it comes.
 
@@ -347,9 +359,12 @@ class Model:
 
         Examples
         --------
-        >>> for piece in model.stream("Once upon a time"):              # doctest: +SKIP
-        ...     print(piece, end="", flush=True)
+        >>> import sparseattn as sa
+        >>> model = sa.Model.from_pretrained()
+        >>> "".join(model.stream("The list of", 8)) == model.generate("The list of", 8)
+        True
         """
+        refuse_keywords("stream", wrong, KEYWORDS, RENAMED)
         return stream(
             read_request(
                 *(self, prompt),
@@ -366,6 +381,8 @@ class Model:
 
     def _check_tokens(self, tokens: ArrayLike) -> NDArray[np.int64]:
         """Token ids as int64, known to be in range."""
+        if isinstance(tokens, str):
+            raise DtypeError("tokens is a str: give model.tokenizer.encode(text)'s ids")
         try:
             ids = np.asarray(tokens)
         except ValueError:
@@ -393,6 +410,10 @@ class Model:
         n = self.config.n_layers
         every = as_spec(self.attention if attention is None else attention)
         specs = [every.layer(i) for i in range(n)]
+        if not isinstance(per_layer, Mapping | None):
+            raise ArgumentError(
+                f"per_layer is {show(per_layer)}: give specs by layer, as in {{0: 'dense'}}"
+            )
         for i, spec in (per_layer or {}).items():
             if type(i) is not int or not 0 <= i < n:
                 raise ArgumentError(f"per_layer names layer {i!r}: layers are 0 to {n - 1}")

@@ -15,7 +15,7 @@ def mass(weights: Array) -> Array:
 def largest(weights: Array, see: Array, n: int) -> tuple[Array, Array]:
     """The n largest weights of each row over the keys it sees, equal ones by key upwards, and those
     keys; past them weight 0 and key -1. NaN stands before all numbers."""
-    *rows, n_k = weights.shape
+    rows = weights.shape[:-1]
     values = np.zeros((*rows, n), weights.dtype)
     keys = np.full((*rows, n), -1, np.int64)
     for at in np.ndindex(*rows):
