@@ -1,4 +1,9 @@
-"""Sparse attention on the CPU.
+"""Sparse attention on the CPU: which keys a query sees is a spec, the rest is one interface.
+
+``attention`` (with ``Cache`` for decoding), ``attention_vjp`` for its gradients, ``plan`` for what
+a spec keeps, ``merge`` of parts; ``scaled_dot_product_attention`` as in PyTorch; ``Model`` runs
+checkpoints, ``use`` replaces their attention, ``compare`` says what that does to them.
+``specs()`` lists the variants.
 
 >>> import numpy as np, sparseattn as sa
 >>> q = k = v = np.random.default_rng(0).standard_normal((1, 8, 256, 64), np.float32)

@@ -111,6 +111,32 @@ def test_random_weights_need_a_config_only(tmp_path, text, folder):
     assert found["value"] == pytest.approx(61, rel=0.2)  # knows nothing: about its vocabulary
 
 
+def test_generate_prints_what_follows(folder, tmp_path):
+    model = sa.Model.from_pretrained(folder)
+    arguments = ["generate", "once upon", "--model", folder, "--max-new-tokens", "12"]
+    done = cli(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == model.generate("once upon", 12) + "\n" and len(done.stdout) > 5
+    how = ["--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--seed", "3"]
+    text = model.generate("once upon", 12, 0.9, 20, 0.9, 3, attention="window:3")
+    done = cli(*arguments, *how, "--attention", "window:3", "--json", "--save", tmp_path / "out")
+    found = json.loads(done.stdout)
+    assert found["text"] == text and found["complete"] and found["top_k"] == 20
+    assert found == json.loads((tmp_path / "out" / "generate.json").read_text())
+    stopped = cli(*arguments, *how, "--attention", "window:3", "--stop", text[3:6], "--stop", "\a")
+    assert stopped.stdout == text[: text.index(text[3:6])] + "\n"
+
+
+def test_generate_reads_standard_input(folder):
+    arguments = ["generate", "-", "--model", folder, "--max-new-tokens", "12"]
+    model = sa.Model.from_pretrained(folder)
+    assert cli(*arguments, input="once\nupon").stdout == model.generate("once\nupon", 12) + "\n"
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, env=ENV,
+                          input=b"once \xff", timeout=60)  # fmt: skip
+    assert done.returncode == 2 and done.stdout == b""
+    assert b"standard input is not UTF-8 at byte 5" in done.stderr
+
+
 def test_info_and_version():
     done = cli("info", "--threads", "1")
     assert done.returncode == 0
@@ -178,6 +204,11 @@ def test_verbs_that_do_not_exist_are_not_listed():
         (["generate", "x", "--top-k", "5"], "temperature"),
         (["generate", "x", "--attention", "dense", "--attention", "topk:4"], "takes one here"),
         (["generate", "x", "--stop", ""], "stop holds an empty string"),
+        (["generate", "a", "--top-p", "2", "--temperature", "1"], "top_p is 2"),
+        (["generate", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "a", "--save", "{text}"], "is a file"),
+        (["generate", "a", "--model", "{bare}", "--random-weights", "0"], "no tokenizer"),
+        (["generate", "a" * 60, "--model", "{folder}"], "context of 48"),
         (["info", "--save", "{text}"], "is a file"),
     ],
     ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "",
@@ -297,6 +328,19 @@ def test_killed_runs_go_on_to_the_table_of_one_that_was_not(quick, tmp_path):
     lines = (tmp_path / "compare.jsonl").read_text(encoding="utf-8").splitlines()
     ids = [json.loads(line)["id"] for line in lines]
     assert len(ids) - len(set(ids)) == ids.count("owner") - 1  # no other id twice
+
+
+def test_generate_prints_as_it_decodes_and_keeps_it_at_ctrl_c():
+    with start(["generate", "The list of", "--max-new-tokens", "500"]) as child:
+        first = child.stdout.read(20)  # comes before the end, through a pipe
+        assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        rest, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err == "sparseattn: interrupted: the text is not complete\n"
+    whole = cli("generate", "The list of", "--max-new-tokens", "500").stdout
+    assert rest.endswith("\n") and whole.startswith((first + rest)[:-1])
+    assert len(first + rest) < len(whole)
 
 
 @pytest.mark.promise("C4")

@@ -146,6 +146,33 @@ def test_timed_columns():
     assert "wins from" in repr(result) and "left out" not in repr(result)
 
 
+@pytest.mark.usefixtures("clean_memory")
+def test_decode_columns():
+    result = run(time_budget=2.0, lengths=[64, 1024, 2048], attention=["window:5"])
+    dense, window = result.rows
+    assert set(dense["decode"]) == set(window["decode"]) == {"1024", "2048"}
+    for cell in dense["decode"].values():
+        assert cell["ratio"] == [1.0, 1.0, 1.0] and 0 < cell["seconds"] < 0.1
+    value, low, high = window["decode"]["2048"]["ratio"]
+    assert 0 < low <= value <= high
+    assert [t["length"] for t in result.data["timing"]["decode"]] == [1024, 2048]
+    text = repr(result)
+    assert "@1k" in text and "@2k" in text and "appended to a cache" in text
+    assert "<th>@2k</th>" in result._repr_html_()
+    (_, line) = csv.DictReader(io.StringIO(result.to_csv()))
+    assert float(line["decode_ratio_2048"]) == value
+    assert float(line["decode_ratio_2048_high"]) == high
+    assert float(line["decode_seconds_1024"]) == window["decode"]["1024"]["seconds"]
+    assert result.to_dict()["rows"] == result.rows
+
+
+@pytest.mark.usefixtures("clean_memory")
+def test_a_cache_length_that_does_not_fit_is_left_out_and_said():
+    result = run(time_budget=0.02, lengths=[1 << 20], attention=["window:5"])
+    assert "time budget" in result.rows[1]["decode"]["1048576"]["left_out"]
+    assert "everything at @1024k" in repr(result)
+
+
 def test_no_logits_of_the_whole_text(monkeypatch):
     monkeypatch.setattr("sparseattn.evaluation.scores.CHUNK", 50 * 20)
     model = FakeModel()

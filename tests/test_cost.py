@@ -9,7 +9,7 @@ import pytest
 from fake_lm import FakeModel, fake_ids
 
 import sparseattn as sa
-from sparseattn.evaluation import cost
+from sparseattn.evaluation import cost, token_cost
 from sparseattn.evaluation.cost import Counter, HeadShape, LengthTiming, Timer, wins_from
 from sparseattn.evaluation.rows import (
     DENSE,
@@ -20,6 +20,7 @@ from sparseattn.evaluation.rows import (
     parse_attention,
     seeded,
 )
+from sparseattn.evaluation.token_cost import DecodeTimer, decode_lengths
 
 N = 40
 
@@ -272,6 +273,88 @@ def test_an_interrupted_timing_goes_on(clock):
 def test_groups_stay_whole_on_fewer_heads(clock):
     for r in timed(clock(), shape=HeadShape(32, 8, 128)):
         assert r.heads == 4 * r.kv_heads
+
+
+# ---- decoding ----------------------------------------------------------------------------------
+
+
+class DecodeClock(Clock):
+    """The same for a token on a cache, whose length is what it was filled with."""
+
+    def attend(self, q, k, v, spec, *, causal, cache):
+        assert causal and q.shape[2] == k.shape[2] == 1 and cache.spec == spec
+        self.calls.append((str(spec), cache.length, q.shape[1]))
+        self.now += self.seconds[str(spec)](cache.length) * q.shape[1]
+
+
+class FakeCache:
+    """A cache that holds nothing."""
+
+    def __init__(self, spec):
+        self.spec = spec
+
+    def append(self, k, v):
+        self.length = k.shape[2]
+
+
+LINEAR = {"dense": lambda n: 5e-9 * n, "window:64": lambda n: 1e-5}
+
+
+def decoded(monkeypatch, seconds, budget=4.5, shape=SHAPE, **options):
+    now = DecodeClock(seconds)
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: now.now))
+    monkeypatch.setattr(token_cost, "random_heads", empty_heads)
+    monkeypatch.setattr(token_cost, "Cache", FakeCache)
+    lengths = decode_lengths(cost.LENGTHS)
+    timer = DecodeTimer(SPECS, shape, lengths, budget, attend=now.attend, **options)
+    return now, list(timer.run())
+
+
+def test_decoding_is_timed_by_cache_length_within_its_budget(monkeypatch):
+    now, results = decoded(monkeypatch, LINEAR)
+    assert now.now <= 4.5
+    assert [r.length for r in results] == [1024 << i for i in range(7)]
+    for r in results:
+        assert r.left_out == {} and all(3 <= len(s) <= 30 for s in r.seconds.values())
+        dense, window = (np.median(r.seconds[name]) for name in SPECS)
+        assert dense == pytest.approx(token_cost.TOKENS * 5e-9 * r.length * r.heads)
+        assert window == pytest.approx(token_cost.TOKENS * 1e-5 * r.heads)
+    names = [name for name, length, _ in now.calls if length == 4096]
+    assert (
+        names[:: token_cost.TOKENS] == names[token_cost.TOKENS - 1 :: token_cost.TOKENS]
+    )  # of one call
+    assert names[:: token_cost.TOKENS][:4] in (
+        ["dense", "window:64", "window:64", "dense"],
+        ["window:64", "dense", "dense", "window:64"],
+    )
+
+
+def test_long_caches_have_as_many_heads_as_memory_has_room_for(monkeypatch):
+    _, results = decoded(monkeypatch, LINEAR, budget=1000.0)
+    for r in results:
+        assert 12 % r.heads == 0
+        assert 8 * r.length * 64 * r.heads * len(SPECS) <= token_cost.MEMORY
+    assert results[0].heads == 12 and 1 <= results[-1].heads < 12
+    _, groups = decoded(monkeypatch, LINEAR, budget=1000.0, shape=HeadShape(32, 8, 128))
+    assert all(r.heads == 4 * r.kv_heads for r in groups)
+
+
+def test_cache_lengths_beyond_the_budget_are_left_out(monkeypatch):
+    now, results = decoded(monkeypatch, {**LINEAR, "dense": lambda n: 1e-6 * n}, budget=0.5)
+    assert now.now <= 0.5
+    assert results[0].seconds and not results[-1].seconds
+    assert all("time budget" in reason for reason in results[-1].left_out.values())
+
+
+def test_decoding_goes_on_after_an_interrupt(monkeypatch):
+    _, whole = decoded(monkeypatch, LINEAR)
+    _, rest = decoded(monkeypatch, LINEAR, done=whole[:3])
+    assert [r.length for r in rest] == [r.length for r in whole[3:]]
+
+
+def test_short_lengths_are_no_caches():
+    assert decode_lengths((16, 512, 1023)) == ()
+    assert decode_lengths(cost.LENGTHS) == cost.LENGTHS[1:]
 
 
 def timing(length, ratio, spread=0.01):

@@ -137,7 +137,7 @@ def test_the_known_text() -> None:
 KNOWN_TEXT = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
     "One day, she saw a big, red ball. She wanted to play with it, but it was too high.\n"
-    'Lily\'s mom said, "Lily, let\'s go to the park." Lily was sad and didn\'t know what to do. '
+    "Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do. "
     'She said, "I want to play with your ball, but I can\'t find it."\n'
     "Lily was sad and didn't know what to do. She said, \"I'm sorry, Lily. I didn't know what to "
     'do."\n'
@@ -335,7 +335,7 @@ def test_no_beginning_to_start_from(writer: Model, tmp_path: Path) -> None:
     config = {**LLAMA_CONFIG, "bos_token_id": None}
     folder = save_folder(tmp_path, config)
     model = Model.from_pretrained(folder, random_weights=0, tokenizer=writer.folder)
-    with pytest.raises(ArgumentError, match="prompt is empty, .* names no beginning"):
+    with pytest.raises(ArgumentError, match=r"prompt is empty, .* names no beginning"):
         model.generate("")
 
 
@@ -365,8 +365,8 @@ def byte_level() -> Tokenizer:
 
 def with_spaces() -> Tokenizer:
     """Words that carry the space before them, and bytes for what they cannot write."""
-    from tokenizers import decoders, models
     from tokenizers import Tokenizer as Engine
+    from tokenizers import decoders, models
 
     pieces = ["<unk>", "<s>", "▁the", "▁cat", "s", "▁", *(f"<0x{b:02X}>" for b in range(256))]
     vocab = [(piece, -float(i)) for i, piece in enumerate(pieces)]

@@ -26,8 +26,10 @@ ROOMS = [
     ["_core"],
     ["errors", "progress", "assets", "integrations.torch"],
     ["variants.base"],
-    ["half", "inputs", "weights", "plan", "config", "attention", "tensor", "positions"]
-    + ["sdpa", "merge", "gradients", "cache", "kept", "decode", "packed"],
+    [
+        *("half", "inputs", "weights", "plan", "config", "attention", "tensor", "positions"),
+        *("sdpa", "merge", "gradients", "cache", "kept", "decode", "packed"),
+    ],
     ["variants"],
     ["integrations"],
     ["use"],

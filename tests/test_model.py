@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -164,6 +163,15 @@ def test_per_layer(model: Model) -> None:
         model(IDS, attention="windowing:5")
 
 
+def test_without_a_folder_it_is_the_embedded_model() -> None:
+    model = Model.from_pretrained()
+    assert model.tokenizer is not None and model.config.context == 512
+    with pytest.raises(DtypeError, match="folder is a Model: give a folder's name"):
+        Model.from_pretrained(model)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="a spec is an object such as"):
+        sa.compare(attention=5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", ["generate", "stream"])
 def test_words_of_elsewhere_are_answered(model: Model, method: str) -> None:
     run = getattr(model, method)
@@ -175,14 +183,6 @@ def test_words_of_elsewhere_are_answered(model: Model, method: str) -> None:
             run([1, 2], **{word: 1})
     with pytest.raises(DtypeError, match="prompt is a mapping: give its ids"):
         run({"input_ids": [1, 2]})
-
-
-def test_the_models_own_examples_run() -> None:
-    for of in (Model, Model.from_pretrained, Model.__call__, Model.generate, Model.stream):
-        examples = doctest.DocTestFinder(recurse=False).find(of, of.__qualname__)
-        assert of is Model or any(test.examples for test in examples), of
-        for test in examples:
-            assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
 
 
 def test_watching_changes_no_bit(model: Model) -> None:

@@ -143,7 +143,7 @@ def examples_of(thing: Any) -> list[doctest.DocTest]:
     return [test for test in found if test.examples]
 
 
-@pytest.mark.parametrize("thing", CALLABLES, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("thing", [*CALLABLES, sa.Model, sa.compare], ids=lambda x: x.__name__)
 def test_examples_run(thing: Any) -> None:
     for test in examples_of(thing):
         assert len(test.examples) <= 4, f"{test.name}: at most four lines"

@@ -101,6 +101,20 @@ sa_group_keep(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, 
     sa_dropout_row(g->call->p, g->b, q->head, q->i, tile->keys + x0, n, keep);
 }
 
+void
+sa_group_columns(const sa_group *g, int first, int rows, int w, const sa_key_tile *tile, int x0,
+                 int n, void *to, sa_row_fill *fill)
+{
+    const size_t bytes = g->call->real_bytes;
+    const void *row[SA_STRIP_MAX];
+    for (int r = 0; r < rows; r++) {
+        char *const at = g->s.t_rows + (size_t)(r * SA_TILE_KEYS) * bytes;
+        fill(g, first + r, tile, x0, n, at);
+        row[r] = at;
+    }
+    g->call->tile->load_cols(to, w, row, bytes == 8 ? SA_F64 : SA_F32, rows, n, 1.0);
+}
+
 /* A key that all rows see, with value 0: its weight stands in l. The first piece has it. */
 void
 sa_group_sink(const sa_group *g, int r, void *m, void *l)

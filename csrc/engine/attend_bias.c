@@ -99,7 +99,7 @@ bias_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     sa_status status = SA_OK;
     for (int64_t c = b; c < (cut.batches > 1 ? b + 1 : p->batch); c++) {
         for (int64_t h = head; h < (cut.heads > 1 ? head + 1 : p->heads); h++) {
-            if (status == SA_OK) {
+            if (status == SA_OK && !sa_stopped(ctx)) {
                 status = bias_head(ctx, call, cut, c, h, run, worker);
             }
         }

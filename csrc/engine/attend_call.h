@@ -106,6 +106,11 @@ void sa_tile_rows(const sa_group *g, sa_key_tile *tile, bool k_in_place, bool v_
 void sa_group_terms(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, void *t);
 /* The same of what dropout keeps: 0 or 1 / (1 - dropout_p). */
 void sa_group_keep(const sa_group *g, int r, const sa_key_tile *tile, int x0, int n, void *keep);
+/* Either of them for rows first, first + 1, ..: to[x * w + r], rows <= w; 0 in columns past them.
+ */
+typedef void sa_row_fill(const sa_group *, int r, const sa_key_tile *, int x0, int n, void *row);
+void sa_group_columns(const sa_group *g, int first, int rows, int w, const sa_key_tile *tile,
+                      int x0, int n, void *to, sa_row_fill *fill);
 /* m and l of query row r before any key: of the sink, if there is one. */
 void sa_group_sink(const sa_group *g, int r, void *m, void *l);
 /* Writes one row's (m, l, o) where it belongs: the partial of its piece. */

@@ -83,17 +83,6 @@ rows_finite(sa_grad_group *gg)
     return gg->rows_finite != 0;
 }
 
-/* Column r of lse and delta. */
-static void
-put(void *at, bool f64, int r, double x)
-{
-    if (f64) {
-        ((double *)at)[r] = x;
-    } else {
-        ((float *)at)[r] = (float)x;
-    }
-}
-
 static void
 strip_begin(const sa_grad_group *gg, strip st)
 {
@@ -108,8 +97,8 @@ strip_begin(const sa_grad_group *gg, strip st)
         double lse, delta;
         row[r] = sa_view_row(p->q, g->b, q->head, q->i);
         sa_grad_row(gg, st.first + r, &lse, &delta);
-        put(st.lse, bytes == 8, r, lse);
-        put(st.delta, bytes == 8, r, delta);
+        t->fill(st.lse + (size_t)r * bytes, 1, lse);
+        t->fill(st.delta + (size_t)r * bytes, 1, delta);
     }
     t->fill(st.lse + (size_t)st.rows * bytes, gg->w - st.rows, INFINITY); /* lanes without a row */
     t->fill(st.delta + (size_t)st.rows * bytes, gg->w - st.rows, 0.0);
@@ -172,34 +161,6 @@ look(const sa_grad_group *gg, strip st, const sa_key_tile *tile)
     return s;
 }
 
-/* to[x][r] = what `fill` says of each row of the strip and the tile's keys [a, a + n). */
-static void
-row_tile(const sa_grad_group *gg, strip st, const sa_key_tile *tile, int a, int n, char *to,
-         void (*fill)(const sa_grad_group *gg, int r, const sa_key_tile *tile, int x0, int n,
-                      void *row))
-{
-    const size_t bytes = gg->g.call->real_bytes;
-    const void *row[SA_STRIP_MAX];
-    for (int r = 0; r < st.rows; r++) {
-        char *const at = gg->g.s.t_rows + (size_t)(r * SA_TILE_KEYS) * bytes;
-        fill(gg, st.first + r, tile, a, n, at);
-        row[r] = at;
-    }
-    gg->g.call->tile->load_cols(to, gg->w, row, bytes == 8 ? SA_F64 : SA_F32, st.rows, n, 1.0);
-}
-
-static void
-terms_of(const sa_grad_group *gg, int r, const sa_key_tile *tile, int x0, int n, void *t)
-{
-    sa_group_terms(&gg->g, r, tile, x0, n, t);
-}
-
-static void
-keep_of(const sa_grad_group *gg, int r, const sa_key_tile *tile, int x0, int n, void *keep)
-{
-    sa_group_keep(&gg->g, r, tile, x0, n, keep);
-}
-
 /* p and ds of keys [a, b), whatever happens to scores; seen where wanted. */
 static void
 weights_any(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s,
@@ -217,7 +178,7 @@ weights_any(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const si
         memcpy(gg->s.capped, st.p + at, size);
     }
     if (gg->g.terms || (gg->g.masked && tile->kind != SA_TILE_FULL)) {
-        row_tile(gg, st, tile, s->a, n, gg->g.s.t, terms_of);
+        sa_group_columns(&gg->g, st.first, st.rows, w, tile, s->a, n, gg->g.s.t, sa_group_terms);
         t->add_term(st.p + at, gg->g.s.t, (int64_t)n * w);
     }
     if (clip != NULL) {
@@ -232,7 +193,7 @@ weights_any(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const si
         t->fill(st.ds + at, (int64_t)n * w, 0.0);
     }
     if (drops) {
-        row_tile(gg, st, tile, s->a, n, gg->g.s.keep, keep_of);
+        sa_group_columns(&gg->g, st.first, st.rows, w, tile, s->a, n, gg->g.s.keep, sa_group_keep);
     }
     t->weights_grad(st.p + at, st.ds + at, caps && !gg->raw ? gg->s.capped : NULL,
                     drops ? gg->g.s.keep : NULL, w, st.wide, n, st.lse, st.delta, pr->softcap);

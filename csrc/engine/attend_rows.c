@@ -64,15 +64,13 @@ sa_attend_rows(sa_group *g)
         t->fill(g->s.o, p->dim_v, 0.0);
         sa_group_sink(g, r, g->s.m, g->s.l);
         while (!sa_stop_asked(g->ctx, g->worker) && sa_cursor_next(&cursor, &tile)) {
-            int64_t a = 0, b = tile.n;
+            int32_t a = 0, b = tile.n;
             if (tile.kind != SA_TILE_FULL) {
-                const bool band = tile.kind == SA_TILE_BAND;
-                a = SA_MAX(a, (band ? q->band_lo : q->see_lo) - (int64_t)tile.keys[0]);
-                b = SA_MIN(b, (band ? q->band_hi : q->see_hi) - (int64_t)tile.keys[0]);
+                sa_query_range(q, &tile, &a, &b);
             }
             if (a < b) {
                 sa_tile_rows(g, &tile, k_here, v_here);
-                row_keys(g, r, &tile, (int)a, (int)b);
+                row_keys(g, r, &tile, a, b);
             }
         }
         row_end(g, r);

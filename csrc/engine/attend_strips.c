@@ -13,13 +13,6 @@ typedef struct {
     unsigned char *warm;
 } strip;
 
-static int
-strip_width(const sa_group *g, int rows)
-{
-    const int lanes = g->call->tile->lanes;
-    return SA_MIN(g->call->tile->strip_max, (rows + lanes - 1) / lanes * lanes);
-}
-
 static strip
 strip_at(const sa_group *g, int w, int index)
 {
@@ -78,7 +71,6 @@ strip_terms(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_t
 {
     const sa_tile *const t = g->call->tile;
     const size_t bytes = g->call->real_bytes;
-    const void *row[SA_STRIP_MAX];
     const int rows = SA_MAX(0, SA_MIN(wide, st.rows - r0));
     if (g->call->p->softcap > 0) {
         for (int x = 0; x < n; x++) {
@@ -88,12 +80,7 @@ strip_terms(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_t
     if (!g->terms && !g->masked) {
         return;
     }
-    for (int r = 0; r < rows; r++) {
-        char *const at = g->s.t_rows + (size_t)(r * SA_TILE_KEYS) * bytes;
-        sa_group_terms(g, st.first + r0 + r, tile, x0, n, at);
-        row[r] = at;
-    }
-    t->load_cols(g->s.t, wide, row, bytes == 8 ? SA_F64 : SA_F32, rows, n, 1.0);
+    sa_group_columns(g, st.first + r0, rows, wide, tile, x0, n, g->s.t, sa_group_terms);
     for (int x = 0; x < n; x++) {
         t->add_term(s + (size_t)(x * w) * bytes, g->s.t + (size_t)(x * wide) * bytes, wide);
     }
@@ -107,14 +94,8 @@ strip_drop(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_ti
 {
     const sa_tile *const t = g->call->tile;
     const size_t bytes = g->call->real_bytes;
-    const void *row[SA_STRIP_MAX];
     const int rows = SA_MAX(0, SA_MIN(wide, st.rows - r0));
-    for (int r = 0; r < rows; r++) {
-        char *const at = g->s.t_rows + (size_t)(r * SA_TILE_KEYS) * bytes;
-        sa_group_keep(g, st.first + r0 + r, tile, x0, n, at);
-        row[r] = at;
-    }
-    t->load_cols(g->s.keep, wide, row, bytes == 8 ? SA_F64 : SA_F32, rows, n, 1.0);
+    sa_group_columns(g, st.first + r0, rows, wide, tile, x0, n, g->s.keep, sa_group_keep);
     for (int x = 0; x < n; x++) {
         t->weigh(g->s.s + (size_t)(x * w) * bytes, g->s.keep + (size_t)(x * wide) * bytes, wide);
     }
@@ -175,18 +156,6 @@ strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile 
     }
 }
 
-/* First and one-past-last tile key that query row sees, relative to the tile. */
-static void
-row_bounds(const sa_query *q, const sa_key_tile *tile, int32_t *lo, int32_t *hi)
-{
-    const bool band = tile->kind == SA_TILE_BAND;
-    const int64_t first = tile->keys[0];
-    const int64_t a = (band ? q->band_lo : q->see_lo) - first,
-                  b = (band ? q->band_hi : q->see_hi) - first;
-    *lo = (int32_t)SA_MIN(SA_MAX(a, 0), tile->n);
-    *hi = (int32_t)SA_MIN(SA_MAX(b, 0), tile->n);
-}
-
 /* Columns [r0, r0 + wide) against keys [x0, x1), clipped only where some row sees less. */
 static void
 strip_part(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile *tile, int x0, int x1,
@@ -216,7 +185,7 @@ strip_clipped(const sa_group *g, int w, strip st, sa_key_tile *tile)
         for (int r = r0; r < r0 + lanes; r++) {
             lo[r] = hi[r] = 0;
             if (r < st.rows) {
-                row_bounds(&g->s.query[st.first + r], tile, &lo[r], &hi[r]);
+                sa_query_range(&g->s.query[st.first + r], tile, &lo[r], &hi[r]);
             }
             if (lo[r] < hi[r]) {
                 first[r0] = SA_MIN(first[r0], lo[r]);
@@ -262,16 +231,6 @@ strip_end(const sa_group *g, int w, strip st)
     }
     t->store_cols(row, split ? (bytes == 8 ? SA_F64 : SA_F32) : call->out.dtype, st.o, w, st.rows,
                   dim_v, g->s.factor);
-}
-
-/* Rows whose bytes fall on the same few sets of a 4096-byte cache way, as heads interleaved in a
- * wide row do, are copied once a tile; so are rows of a storage type. */
-static bool
-in_place(const sa_view *v, int64_t dim, size_t real_bytes)
-{
-    const int64_t step = v->stride[2] * (int64_t)real_bytes;
-    return sa_dtype_size(v->dtype) == real_bytes &&
-           (step == dim * (int64_t)real_bytes || step % 1024 != 0);
 }
 
 static void
@@ -322,9 +281,9 @@ void
 sa_attend_strips(sa_group *g)
 {
     const sa_problem *const p = g->call->p;
-    const int w = strip_width(g, g->n_rows), n = (g->n_rows + w - 1) / w;
-    const bool k_here = in_place(&p->k, p->dim, g->call->real_bytes);
-    const bool v_here = in_place(&p->v, p->dim_v, g->call->real_bytes);
+    const int w = sa_strip_width(g->call->tile, g->n_rows), n = (g->n_rows + w - 1) / w;
+    const bool k_here = sa_rows_in_place(&p->k, p->dim, g->call->real_bytes);
+    const bool v_here = sa_rows_in_place(&p->v, p->dim_v, g->call->real_bytes);
     sa_cursor cursor = sa_cursor_start(g);
     sa_key_tile tiles[2], *tile = &tiles[0], *next = &tiles[1];
     int64_t ahead = g->next_begin;

@@ -160,6 +160,15 @@ check_v(sa_ctx *ctx, sa_problem *p)
     return status;
 }
 
+/* The real type, and why it is that. */
+static const char *
+real_words(const sa_problem *p)
+{
+    return p->q.dtype == SA_F64   ? "float64 as q is"
+           : p->q.dtype == SA_F32 ? "float32 as q is"
+                                  : "float32, in which halves are computed";
+}
+
 /* mask, bias and key_mask: dtype and the shape that broadcasting must have given them. */
 static sa_status
 check_terms(sa_ctx *ctx, const sa_problem *p)
@@ -171,8 +180,7 @@ check_terms(sa_ctx *ctx, const sa_problem *p)
         bool keys_only;
     } terms[] = {
         {"mask", "bool (True = may attend)", p->mask, SA_BOOL, false},
-        {"bias", p->q.dtype == SA_F64 ? "float64 as q is" : "float32", p->bias,
-         sa_real_of(p->q.dtype), false},
+        {"bias", real_words(p), p->bias, sa_real_of(p->q.dtype), false},
         {"key_mask", "bool (True = a real key)", p->key_mask, SA_BOOL, true},
     };
     for (size_t t = 0; t < sizeof terms / sizeof *terms; t++) {
@@ -211,8 +219,7 @@ check_sink(sa_ctx *ctx, const sa_problem *p)
         return SA_OK;
     }
     if (v.dtype != sa_real_of(p->q.dtype)) {
-        return sa_fail(ctx, SA_ETYPE, "sink must be %s; convert it first",
-                       sa_real_is_f64(p->q.dtype) ? "float64 as q is" : "float32");
+        return sa_fail(ctx, SA_ETYPE, "sink must be %s; convert it first", real_words(p));
     }
     return check_size(ctx, "sink", v, 1, p->heads, "the number of heads of q");
 }

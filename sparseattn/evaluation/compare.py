@@ -19,7 +19,6 @@ from sparseattn.evaluation.cost import (
     head_shape,
     peak_bytes,
 )
-from sparseattn.evaluation.decode import DECODE_SHARE, DecodeTimer, decode_lengths
 from sparseattn.evaluation.job import (
     checked_int,
     checked_numbers,
@@ -30,6 +29,7 @@ from sparseattn.evaluation.job import (
 from sparseattn.evaluation.report import Comparison, build_report
 from sparseattn.evaluation.results import Records
 from sparseattn.evaluation.rows import DENSE, given_rows, matched_rows, parse_attention
+from sparseattn.evaluation.token_cost import DECODE_SHARE, DecodeTimer, decode_lengths
 from sparseattn.evaluation.trust import missing_packages, reference_difference
 from sparseattn.progress import Bar
 from sparseattn.progress import progress as open_progress
@@ -131,7 +131,9 @@ def compare(
     Examples
     --------
     >>> import sparseattn as sa
-    >>> sa.compare(attention=["dense", "window:32"], tokens=2000)     # doctest: +SKIP
+    >>> result = sa.compare(attention="window:32", tokens=2000, time_budget=0)
+    >>> [row["variant"] for row in result.to_dict()["rows"]]
+    ['dense', 'window:32']
     """
     options = Options(
         attention=attention,

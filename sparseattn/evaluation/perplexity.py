@@ -79,7 +79,8 @@ def perplexity(
     Examples
     --------
     >>> from sparseattn.evaluation.perplexity import perplexity
-    >>> perplexity(attention="window:64", tokens=2000).value            # doctest: +SKIP
+    >>> perplexity(attention="window:64", tokens=2000).value < 50
+    True
     """
     specs = parse_attention(attention)
     if len(specs) != 1:

@@ -16,7 +16,6 @@ import numpy as np
 from sparseattn import plots
 from sparseattn.errors import NotSupported
 from sparseattn.evaluation.cost import LengthTiming, wins_from
-from sparseattn.evaluation.decode import TOKENS
 from sparseattn.evaluation.job import Job
 from sparseattn.evaluation.rows import DENSE, Row
 from sparseattn.evaluation.scores import BlockScore
@@ -30,6 +29,7 @@ from sparseattn.evaluation.table import (
     to_csv,
     with_interval,
 )
+from sparseattn.evaluation.token_cost import TOKENS
 
 __all__ = ["Comparison", "build_report"]
 

@@ -39,6 +39,8 @@ class Row:
 
 def parse_attention(attention: str | Variant | Iterable[str | Variant]) -> list[Variant]:
     """Return specs of one spec or several; a str may hold several, separated by commas."""
+    if not isinstance(attention, Iterable):
+        attention = parse(attention)  # a spec, or the error that says what one is
     items = [attention] if isinstance(attention, str | Variant) else list(attention)
     specs: list[Variant] = []
     for item in items:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseattn.errors import ArgumentError, FileError
+from sparseattn.errors import ArgumentError, DtypeError, FileError
 from sparseattn.half import widen
 
 MAX_HEADER_BYTES = 16 * 2**20  # a safetensors header
@@ -65,6 +65,11 @@ def show(value: object) -> str:
 
 def find_folder(folder: str | os.PathLike[str]) -> Path:
     """The local folder of a model: `folder` itself, or the hub's snapshot where it is an id."""
+    if not isinstance(folder, str | bytes | os.PathLike):
+        raise DtypeError(
+            f"folder is a {type(folder).__name__}: give a folder's name (sa.use replaces the "
+            "attention of a transformers model)"
+        )
     name = os.fspath(folder)
     if not isinstance(name, str) or "\0" in name:
         raise ArgumentError(f"folder is {show(name)}, which is no path: give a folder's name")

@@ -3,8 +3,8 @@
 Prompts of different lengths run in one batch. Where every layer's spec looks back from the newest
 token only, the shorter ones are padded in front and share their caches. Where a spec names keys by
 their place (sinks, global columns), padding would stand in those places, so only prompts of one
-length share a cache; where it draws keys by their place in a batch, none do. Rows of all groups go through the rest of the model together, without padding
-from the first token on.
+length share a cache; where it draws keys by their place in a batch, none do. Rows of all groups go
+through the rest of the model together, without padding from the first token on.
 """
 
 from __future__ import annotations

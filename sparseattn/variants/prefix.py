@@ -51,7 +51,7 @@ class Prefix(Variant):
     ) -> tuple[Piece, ...]:
         if problem.causal != 0:
             raise ArgumentError(
-                f"Prefix({self.n}) is causal after its prefix by itself, and causal=True would cut "
-                "the prefix to causal as well: pass causal=False"
+                f"Prefix({self.n}) is causal after its prefix by itself, and causal=True, which "
+                "language models pass, would cut the prefix to causal as well: pass causal=False"
             )
         return Variant.build(self, q, k, problem, params)

@@ -66,11 +66,12 @@ check_values(const sa_gemm_args *g, const void *c)
 }
 
 static void
-check_product(int64_t m, int64_t n, int64_t k, sa_dtype dtype, sa_dtype b_dtype)
+check_product(const int64_t size[3], bool turned, sa_dtype dtype, sa_dtype b_dtype)
 {
+    const int64_t m = size[0], n = size[1], k = size[2];
     sa_gemm_args g = {.m = m, .n = n, .k = k, .dtype = dtype, .b_dtype = b_dtype};
     g.lda = k + numbers_below(3);
-    g.b_transposed = numbers_below(2);
+    g.b_transposed = turned;
     g.ldb = (g.b_transposed ? k : n) + numbers_below(3);
     g.ldc = n + numbers_below(3);
     void *a = random_matrix(dtype, m, k, g.lda), *bias = random_matrix(dtype, 1, n, n);
@@ -99,9 +100,10 @@ check_product(int64_t m, int64_t n, int64_t k, sa_dtype dtype, sa_dtype b_dtype)
 static void
 check_isa(const char *isa)
 {
-    static const int64_t sizes[][3] = {{1, 1, 1},      {1, 7, 300},   {3, 200, 5},
-                                       {17, 33, 65},   {64, 64, 64},  {65, 193, 7},
-                                       {130, 50, 260}, {5, 400, 129}, {600, 20, 33}};
+    static const int64_t sizes[][3] = {{1, 1, 1},    {1, 7, 300},    {1, 45, 31},    {2, 515, 70},
+                                       {3, 200, 5},  {4, 1030, 290}, {4, 33, 257},   {17, 33, 65},
+                                       {64, 64, 64}, {65, 193, 7},   {130, 50, 260}, {5, 400, 129},
+                                       {600, 20, 33}};
     static const sa_dtype types[][2] = {
         {SA_F32, SA_F32}, {SA_F64, SA_F64}, {SA_F32, SA_F16}, {SA_F32, SA_BF16}};
     static const char *const names[] = {"float32", "float64", "float16 weights",
@@ -109,7 +111,9 @@ check_isa(const char *isa)
     for (int type = 0; type < 4; type++) {
         check_case("products, %s, %s", names[type], isa);
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-            check_product(sizes[i][0], sizes[i][1], sizes[i][2], types[type][0], types[type][1]);
+            for (int turned = 0; turned < 2; turned++) {
+                check_product(sizes[i], turned, types[type][0], types[type][1]);
+            }
         }
     }
 }
