@@ -142,6 +142,7 @@ SA_INLINE void
 sum_tile(real *const *row, const sa_strip_sums *s, const int n_keys, const int vecs,
          const bool select, int j, int c)
 {
+    const vreal unseen = vset(-INFINITY);
     vreal acc[KEYS][VECS];
 #pragma GCC unroll 16
     for (int i = 0; i < n_keys; i++) {
@@ -164,11 +165,12 @@ sum_tile(real *const *row, const sa_strip_sums *s, const int n_keys, const int v
             }
 #pragma GCC unroll 16
             for (int i = 0; i < n_keys; i++) {
-                const bool hidden = select && seen[i * s->w + r] == -INFINITY;
                 const vreal weight = vset(p[i * s->w + r]);
+                /* As in value_tile; a branch would cost Clang the FMA, and so the bits. */
+                const vint hidden = select ? vset(seen[i * s->w + r]) == unseen : (vint){0};
 #pragma GCC unroll 4
                 for (int v = 0; v < vecs; v++) {
-                    acc[i][v] += weight * (hidden ? vset(0) : x[v]);
+                    acc[i][v] += weight * (select ? vselect(hidden, vset(0), x[v]) : x[v]);
                 }
             }
         }

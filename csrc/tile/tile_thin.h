@@ -158,13 +158,8 @@ load_turned(vreal *block, const thin_args *g, const char *b, const sa_dtype dtyp
         if (dtype == NATIVE) { /* so many rows at once are more than the hardware follows */
             __builtin_prefetch((const void *)((uintptr_t)from + AHEAD));
         }
-        if (whole) {
-            block[r] = vload((const real *)from);
-        } else {
-            real lane[LANES] = {0};
-            memcpy(lane, from, (size_t)((g->k - t) * size));
-            block[r] = vload(lane);
-        }
+        block[r] = vset(0); /* memcpy: pairs begin at any number of half precision */
+        memcpy(&block[r], from, whole ? sizeof block[r] : (size_t)((g->k - t) * size));
     }
     vtranspose(block);
 }
