@@ -249,6 +249,18 @@ def test_their_blocks_nest_and_restore(theirs: Any, ids: Any, torch: Any) -> Non
     assert not any("sparseattn" in name for m in theirs.modules() for name in vars(m))
 
 
+def test_a_model_that_cannot_be_changed_is_left_as_it_was(
+    theirs: Any, ids: Any, torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(theirs), "_can_set_attn_implementation", lambda self: False)
+    monkeypatch.setattr(type(theirs.base_model), "_can_set_attn_implementation", lambda self: False)
+    refused = pytest.raises(sa.NotSupported, match="does not let its attention be replaced")
+    with refused, sa.use(theirs, "window:8"):
+        pass
+    assert theirs.config._attn_implementation == "sdpa"
+    assert not any("sparseattn" in name for m in theirs.modules() for name in vars(m))
+
+
 def test_dropout_while_training(theirs: Any, ids: Any, torch: Any) -> None:
     from sparseattn.integrations.transformers import attend
 

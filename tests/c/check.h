@@ -61,6 +61,7 @@ void sa_selftest_fork(void);
 void sa_selftest_tile_pack(void);
 void sa_selftest_tile_strip(void);
 void sa_selftest_tile_row(void);
+void sa_selftest_tile_grad(void);
 void sa_selftest_select(void);
 void sa_selftest_plan(void);
 void sa_selftest_pack(void);

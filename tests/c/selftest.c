@@ -25,6 +25,7 @@ static const struct {
     {"tile_pack", sa_selftest_tile_pack},
     {"tile_strip", sa_selftest_tile_strip},
     {"tile_row", sa_selftest_tile_row},
+    {"tile_grad", sa_selftest_tile_grad},
     {"select", sa_selftest_select},
     {"plan", sa_selftest_plan},
     {"pack", sa_selftest_pack},

@@ -264,6 +264,41 @@ check_narrow(void)
     }
 }
 
+/* A token of every row, none that is ruled out, the same one by one. */
+static void
+check_sample(void)
+{
+    enum { ROWS = 5 };
+    static const double shares[] = {1, 0.5, 1e-6};
+    for (int w = 0; w < N_WIDTHS; w++) {
+        const int64_t vocab = widths[w];
+        float *logits = sa_malloc_array((size_t)(ROWS * vocab), 4);
+        for (int64_t i = 0; i < ROWS * vocab; i++) {
+            logits[i] = i % 3 == 1 && i % vocab != 0 ? -INFINITY : (float)numbers_real();
+        }
+        for (int how = 0; how < 9; how++) {
+            const int64_t counts[] = {vocab, 1, SA_MIN(3, vocab)};
+            const sa_sampling sampling = {how == 0 ? 0 : 0.7, counts[how % 3], shares[how / 3]};
+            double u[ROWS];
+            int32_t token[ROWS], alone;
+            for (int r = 0; r < ROWS; r++) {
+                u[r] = (double)numbers_below(1000) / 1000;
+            }
+            CHECK(sa_op_sample(ctx, token, logits, u, ROWS, vocab, sampling) == SA_OK, "%s",
+                  ctx->message);
+            for (int r = 0; r < ROWS; r++) {
+                const float *const row = logits + r * vocab;
+                CHECK(token[r] >= 0 && token[r] < vocab && row[token[r]] > -INFINITY,
+                      "row %d of %d: token %d", r, (int)vocab, (int)token[r]);
+                CHECK(sa_op_sample(ctx, &alone, row, u + r, 1, vocab, sampling) == SA_OK &&
+                          alone == token[r],
+                      "row %d alone: %d, not %d", r, (int)alone, (int)token[r]);
+            }
+        }
+        sa_free(logits);
+    }
+}
+
 static void
 check_table(const sa_tile *t)
 {
@@ -286,6 +321,8 @@ sa_selftest_ops(void)
     sa_num_threads_set(2);
     ctx = sa_ctx_acquire();
     each_table(check_table);
+    check_case("tokens drawn");
+    check_sample();
     check_case("weights widened");
     check_widen();
     check_case("gradients and keys narrowed");
