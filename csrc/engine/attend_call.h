@@ -146,6 +146,19 @@ sa_rows_in_place(const sa_view *v, int64_t dim, size_t real_bytes)
            (step == dim * (int64_t)real_bytes || step % 1024 != 0);
 }
 
+/* Asks for a row of an array, where there is one. */
+static inline void
+sa_prefetch_row(const sa_view *v, int64_t b, int64_t h, int64_t row)
+{
+    if (v->data != NULL) {
+        const char *const at = sa_view_row(*v, b, h, row);
+        const size_t bytes = (size_t)v->size[3] * sa_dtype_size(v->dtype);
+        for (size_t x = 0; x < bytes; x += 64) {
+            __builtin_prefetch(at + x, 0, 2);
+        }
+    }
+}
+
 void sa_attend_strips(sa_group *g); /* tile path */
 void sa_attend_rows(sa_group *g);   /* row path  */
 

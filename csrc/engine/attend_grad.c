@@ -15,7 +15,8 @@ enum {
     FEW_TASKS = 4,
     SHORT_VISIT = 128,
     ROW_VISIT = 16, /* the same of one row alone                                        */
-    MOST_RUNS = 16
+    MOST_RUNS = 16,
+    BLOCKS_ASKED = 1024 /* of a plan, about how they lie */
 };
 
 void
@@ -205,11 +206,13 @@ check_grads(sa_ctx *ctx, const sa_attend_grads *g, const sa_problem *p)
     return s ? s : check_view(ctx, "dbias", g->dbias, sums, "the scores", pairs);
 }
 
-/* Pairs of a row block and a run of keys in which it has spans; the keys of all spans. */
+/* Of some row blocks: how many, pairs of one and a run of keys in which it has spans, the keys of
+ * its spans. */
 static void
-count_visits(const sa_plan *plan, int64_t run_keys, int64_t *visits, int64_t *keys)
+count_visits(const sa_plan *plan, int64_t run_keys, int64_t *blocks, int64_t *visits, int64_t *keys)
 {
-    for (int64_t slot = 0; slot < plan->n_maps * plan->n_blocks; slot++) {
+    const int64_t slots = plan->n_maps * plan->n_blocks;
+    for (int64_t slot = 0; slot < slots; slot += SA_MAX(1, slots / BLOCKS_ASKED)) {
         uint32_t met = 0;
         for (int64_t s = plan->row_ptr[slot]; s < plan->row_ptr[slot + 1]; s++) {
             const int64_t len = sa_plan_span_len(plan, s), start = plan->start[s];
@@ -219,6 +222,7 @@ count_visits(const sa_plan *plan, int64_t run_keys, int64_t *visits, int64_t *ke
             *keys += len;
         }
         *visits += __builtin_popcount(met);
+        *blocks += 1;
     }
 }
 
@@ -236,8 +240,7 @@ worth(const sa_grad_call *call, int64_t runs)
     int64_t visits = 0, keys = 0, blocks = 0, rows = 1;
     for (int i = 0; i < call->call.n_parts; i++) {
         const sa_plan *const plan = call->call.parts[i].plan;
-        count_visits(plan, run_length(call->call.p->n_k, runs), &visits, &keys);
-        blocks += plan->n_maps * plan->n_blocks;
+        count_visits(plan, run_length(call->call.p->n_k, runs), &blocks, &visits, &keys);
         rows = SA_MAX(rows, plan->rows_per_block);
     }
     const int64_t tasks = call->kv_tasks * runs;

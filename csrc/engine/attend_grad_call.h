@@ -60,6 +60,16 @@ sa_real_at(const void *at, bool f64)
     return f64 ? *(const double *)at : (double)*(const float *)at;
 }
 
+static inline void
+sa_real_put(void *at, bool f64, double x)
+{
+    if (f64) {
+        *(double *)at = x;
+    } else {
+        *(float *)at = (float)x;
+    }
+}
+
 void sa_grad_strips(sa_grad_group *g); /* tile path */
 void sa_grad_rows(sa_grad_group *g);   /* row path  */
 

@@ -97,8 +97,8 @@ strip_begin(const sa_grad_group *gg, strip st)
         double lse, delta;
         row[r] = sa_view_row(p->q, g->b, q->head, q->i);
         sa_grad_row(gg, st.first + r, &lse, &delta);
-        t->fill(st.lse + (size_t)r * bytes, 1, lse);
-        t->fill(st.delta + (size_t)r * bytes, 1, delta);
+        sa_real_put(st.lse + (size_t)r * bytes, bytes == 8, lse);
+        sa_real_put(st.delta + (size_t)r * bytes, bytes == 8, delta);
     }
     t->fill(st.lse + (size_t)st.rows * bytes, gg->w - st.rows, INFINITY); /* lanes without a row */
     t->fill(st.delta + (size_t)st.rows * bytes, gg->w - st.rows, 0.0);
@@ -316,28 +316,16 @@ tile_sums(const sa_grad_group *gg, int n_keys, const int (*range)[2], bool seen)
     }
 }
 
-static void
-prefetch_row(sa_view v, int64_t b, int64_t h, int64_t row)
-{
-    if (v.data != NULL) {
-        const char *const at = sa_view_row(v, b, h, row);
-        const size_t bytes = (size_t)v.size[3] * sa_dtype_size(v.dtype);
-        for (size_t x = 0; x < bytes; x += 64) {
-            __builtin_prefetch(at + x, 0, 2);
-        }
-    }
-}
-
 /* Asks for part x of n of what the next tile reads and adds to. */
 static void
 prefetch_tile(const sa_grad_group *gg, const sa_key_tile *tile, int x, int n)
 {
     const sa_attend_grads *const grads = gg->call->grads;
     const sa_problem *const p = gg->g.call->p;
-    const sa_view views[] = {p->k, p->v, grads->dk, grads->dv};
+    const sa_view *const views[] = {&p->k, &p->v, &grads->dk, &grads->dv};
     for (int j = x * tile->n / n; j < (x + 1) * tile->n / n; j++) {
         for (int v = 0; v < 4; v++) {
-            prefetch_row(views[v], gg->g.b, gg->g.g, tile->keys[j]);
+            sa_prefetch_row(views[v], gg->g.b, gg->g.g, tile->keys[j]);
         }
     }
 }
@@ -348,12 +336,12 @@ prefetch_next(const sa_grad_group *gg, int64_t row)
 {
     const sa_group *const g = &gg->g;
     const sa_attend_grads *const grads = gg->call->grads;
-    const sa_view views[] = {g->call->p->q, grads->dout, grads->dq};
+    const sa_view *const views[] = {&g->call->p->q, &grads->dout, &grads->dq};
     const int64_t end = SA_MIN(row + QUERIES_A_TILE, g->next_end);
     for (; row < end; row++) {
         for (int64_t h = g->head; h < g->head + g->n_heads; h++) {
             for (int v = 0; v < 3; v++) {
-                prefetch_row(views[v], g->b, h, row);
+                sa_prefetch_row(views[v], g->b, h, row);
             }
         }
     }

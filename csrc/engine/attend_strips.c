@@ -233,25 +233,15 @@ strip_end(const sa_group *g, int w, strip st)
                   dim_v, g->s.factor);
 }
 
-static void
-prefetch(const void *row, size_t bytes)
-{
-    for (size_t at = 0; at < bytes; at += 64) {
-        __builtin_prefetch((const char *)row + at, 0, 2);
-    }
-}
-
 /* Asks for part x of n of a tile's rows. A window meets most of its keys for the first time, and so
  * does the first block of a head: too many rows at once for the hardware to foresee. */
 static void
 prefetch_tile(const sa_group *g, const sa_key_tile *tile, int x, int n)
 {
     const sa_problem *const p = g->call->p;
-    const size_t k_bytes = (size_t)p->dim * sa_dtype_size(p->k.dtype);
-    const size_t v_bytes = (size_t)p->dim_v * sa_dtype_size(p->v.dtype);
     for (int j = x * tile->n / n; j < (x + 1) * tile->n / n; j++) {
-        prefetch(sa_view_row(p->k, g->b, g->g, tile->keys[j]), k_bytes);
-        prefetch(sa_view_row(p->v, g->b, g->g, tile->keys[j]), v_bytes);
+        sa_prefetch_row(&p->k, g->b, g->g, tile->keys[j]);
+        sa_prefetch_row(&p->v, g->b, g->g, tile->keys[j]);
     }
 }
 
@@ -261,17 +251,16 @@ static int64_t
 prefetch_next(const sa_group *g, int64_t row)
 {
     const sa_problem *const p = g->call->p;
-    const sa_view q = p->q, k = p->k, v = p->v, out = g->call->out;
     const int64_t end = SA_MIN(row + QUERIES_A_TILE, g->next_end);
     for (; row < end; row++) {
         const int32_t key = sa_group_query(g, g->head, row).band_hi - 1;
         if (key >= 0) {
-            prefetch(sa_view_row(k, g->b, g->g, key), (size_t)p->dim * sa_dtype_size(k.dtype));
-            prefetch(sa_view_row(v, g->b, g->g, key), (size_t)p->dim_v * sa_dtype_size(v.dtype));
+            sa_prefetch_row(&p->k, g->b, g->g, key);
+            sa_prefetch_row(&p->v, g->b, g->g, key);
         }
         for (int64_t h = g->head; h < g->head + g->n_heads; h++) {
-            prefetch(sa_view_row(q, g->b, h, row), (size_t)p->dim * sa_dtype_size(q.dtype));
-            prefetch(sa_view_row(out, g->b, h, row), (size_t)p->dim_v * sa_dtype_size(out.dtype));
+            sa_prefetch_row(&p->q, g->b, h, row);
+            sa_prefetch_row(&g->call->out, g->b, h, row);
         }
     }
     return row;

@@ -36,6 +36,22 @@ typedef struct {
     int w, n_rows, n_keys, dim;
 } sa_strip_sums;
 
+/* Rows one after another: `step` bytes from one to the next, in the real type or, where that is
+ * float, float16 or bfloat16. */
+typedef struct {
+    const void *row;
+    int64_t step;
+    sa_dtype dtype;
+} sa_run;
+
+/* A few queries of the row path and where their softmax stands: query r has q[r * dim],
+ * s[r * SA_TILE_KEYS], m[r], l[r], o[r * dim_v]. */
+typedef struct {
+    const void *q;
+    void *s, *m, *l, *o;
+    int n_rows, dim, dim_v;
+} sa_queries;
+
 typedef struct sa_tile {
     sa_isa isa;
     int real_bytes; /* 4 or 8                                   */
@@ -140,6 +156,19 @@ typedef struct sa_tile {
     void (*received)(void *sum, const void *s, int w, int wide, int n_keys, const void *lse);
     /* peak[g * w + r] = largest of s[j * w + r] over keys j of group g, SA_PEAK_KEYS to each. */
     void (*peaks)(void *peak, const void *s, int w, int wide, int n_keys);
+
+    /* Row path over a run of keys, several queries at once (tile_run.h): query r has q[r * dim],
+     * s[r * SA_TILE_KEYS], o[r * dim_v]. As dots and axpys; seen NULL, or laid out as s. For each
+     * row that is read memory is asked for one of `ahead`, which comes next; NULL: for none. */
+    void (*run_dots)(void *s, const void *q, int n_rows, const sa_run *k, int n_keys, int dim,
+                     const sa_run *ahead);
+    void (*run_axpys)(void *o, const void *p, const void *seen, int n_rows, const sa_run *v,
+                      int n_keys, int dim_v, const sa_run *ahead);
+    /* run_dots, fold_row and run_axpys for `step` keys after `step` keys, of which all are seen;
+     * memory is asked for each in time, then for `next`. False, and nothing done, for 3 or more
+     * than 4 queries, and where k and v differ in type. */
+    bool (*run_attend)(const sa_queries *rows, const sa_run *k, const sa_run *v, int64_t n_keys,
+                       int step, const sa_run *next);
 } sa_tile;
 
 /* Table of the instruction set in force (sa_isa_now()); f64 selects double. */

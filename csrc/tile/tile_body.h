@@ -28,6 +28,7 @@
 #include "tile/tile_grad.h"
 #include "tile/tile_received.h"
 #include "tile/tile_row.h"
+#include "tile/tile_run.h"
 #include "tile/tile_product.h"
 #include "tile/tile_select.h"
 #include "tile/tile_ops.h"
@@ -73,4 +74,7 @@ const sa_tile SA_NAME(sa_tile) = {
     .fma_peak = fma_peak,
     .received = received,
     .peaks = peaks,
+    .run_dots = run_dots,
+    .run_axpys = run_axpys,
+    .run_attend = run_attend,
 };

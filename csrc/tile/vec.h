@@ -61,14 +61,18 @@ typedef uint16_t vhalf_u
 SA_INLINE vreal
 vload_half(const uint16_t *p, const sa_dtype dtype)
 {
+#if defined(SA_HAVE_AVX512)
+    const __m256i half = _mm256_loadu_si256((const __m256i *)p);
+    return dtype == SA_BF16 ? (vreal)((vbits)_mm512_cvtepu16_epi32(half) << 16)
+                            : (vreal)_mm512_cvtph_ps(half);
+#elif defined(SA_HAVE_AVX2)
+    const __m128i half = _mm_loadu_si128((const __m128i *)p);
+    return dtype == SA_BF16 ? (vreal)((vbits)_mm256_cvtepu16_epi32(half) << 16)
+                            : (vreal)_mm256_cvtph_ps(half);
+#else
     if (dtype == SA_BF16) {
         return (vreal)(__builtin_convertvector(*(const vhalf_u *)p, vbits) << 16);
     }
-#if defined(SA_HAVE_AVX512)
-    return (vreal)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#elif defined(SA_HAVE_AVX2)
-    return (vreal)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-#else
     real lane[LANES];
     for (int i = 0; i < LANES; i++) {
         lane[i] = sa_f16_to_f32(p[i]);
@@ -151,32 +155,6 @@ vany(vint mask)
 #endif
 }
 
-SA_INLINE real
-vsum(vreal a)
-{
-    real lane[LANES];
-    vstore(lane, a);
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; i++) {
-            lane[i] += lane[i + half];
-        }
-    }
-    return lane[0];
-}
-
-SA_INLINE real
-vmax_lanes(vreal a)
-{
-    real lane[LANES];
-    vstore(lane, a);
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; i++) {
-            lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-        }
-    }
-    return lane[0];
-}
-
 /* Lanes a0 b0 a1 b1 ...: the lower and the upper half of the shuffle of two vectors. */
 #if defined(SA_REAL_IS_DOUBLE) && SA_VBYTES == 16
 #define SA_LOW 0, 2
@@ -191,6 +169,25 @@ vmax_lanes(vreal a)
 #define SA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define SA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #endif
+
+/* Sum of the lanes: the upper half onto the lower, down to one. */
+SA_INLINE real
+vsum(vreal a)
+{
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        a = __builtin_shufflevector(a, a, SA_LOW) + __builtin_shufflevector(a, a, SA_HIGH);
+    }
+    return a[0];
+}
+
+SA_INLINE real
+vmax_lanes(vreal a)
+{
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        a = vmax(__builtin_shufflevector(a, a, SA_LOW), __builtin_shufflevector(a, a, SA_HIGH));
+    }
+    return a[0];
+}
 
 /* Transposes LANES vectors in place: log2(LANES) perfect shuffles. */
 SA_INLINE void
@@ -211,18 +208,31 @@ vtranspose(vreal row[LANES])
     }
 }
 
+/* Folds 2 half vectors to half. Loops over both at once would keep GCC from using registers. */
+SA_INLINE void
+fold_sums(vreal *a, const int half)
+{
+#pragma GCC unroll 16
+    for (int i = 0; i < half; i++) {
+        a[i] = __builtin_shufflevector(a[i], a[i + half], SA_LOW) +
+               __builtin_shufflevector(a[i], a[i + half], SA_HIGH);
+    }
+}
+
 /* Lane i: the sum of a[i], added in the order of vsum. */
 SA_INLINE vreal
 vsums(vreal a[LANES])
 {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < half; i++) {
-            a[i] = __builtin_shufflevector(a[i], a[i + half], SA_LOW) +
-                   __builtin_shufflevector(a[i], a[i + half], SA_HIGH);
-        }
+    if (LANES > 8) {
+        fold_sums(a, 8);
     }
+    if (LANES > 4) {
+        fold_sums(a, 4);
+    }
+    if (LANES > 2) {
+        fold_sums(a, 2);
+    }
+    fold_sums(a, 1);
     return a[0];
 }
 
