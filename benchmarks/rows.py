@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from bench import Bench, Result, fastest, flops, pairs
+from decode_rows import DECODE_ROWS
 from grad_rows import GRAD_ROWS
 from measure import Ask, interleave, ratio
 
@@ -201,4 +202,5 @@ ROWS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "torch": torch_rows,
     "torch-sparse": torch_sparse_rows,
     **GRAD_ROWS,
+    **DECODE_ROWS,
 }

@@ -9,6 +9,7 @@ pools of two libraries in one process disturb each other. A request is one JSON 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import pathlib
 import sys
@@ -35,6 +36,49 @@ def qkv(
     rows = [(heads, n_q), (kv_heads or heads, n_k), (kv_heads or heads, n_k)]
     rows += [(heads, n_q)] * with_dout
     return [rng.standard_normal((1, h, n, dim), dtype=np.float32) for h, n in rows]
+
+
+@functools.lru_cache(maxsize=4)
+def cached(heads: int, n: int, dim: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Unit-normal k and v of one batch in a storage type, bfloat16 as its bits."""
+    rng = np.random.default_rng(1)
+    k, v = (rng.standard_normal((1, heads, n, dim), dtype=np.float32) for _ in range(2))
+    if dtype == "bfloat16":
+        k, v = ((x.view(np.uint32) >> 16).astype(np.uint16) for x in (k, v))
+        return k, v
+    return k.astype(dtype, copy=False), v.astype(dtype, copy=False)
+
+
+def decode(heads: int, n: int, dim: int = 64, group: int = 1, dtype: str = "float32") -> Call:
+    """One query row of ``group`` query heads to each of ``heads`` key heads; the plan is made."""
+    import sparseattn as sa
+    from sparseattn import _core
+    from sparseattn.variants.base import Problem
+
+    k, v = cached(heads, n, dim, dtype)
+    q = np.random.default_rng(0).standard_normal((1, heads * group, 1, dim), dtype=np.float32)
+    problem = Problem(scale=dim**-0.5)
+    plan = _core.plan_build("dense", sa.Dense(), None, q, k, problem)
+    out = np.empty_like(q)
+    return lambda: _core.attend(q, k, v, plan, problem, out, None)
+
+
+def decode_call(heads: int, n: int, dim: int = 64, spec: str = "dense") -> Call:
+    """The same as a user calls it, planning included."""
+    import sparseattn as sa
+
+    k, v = cached(heads, n, dim, "float32")
+    q = np.random.default_rng(0).standard_normal((1, heads, 1, dim), dtype=np.float32)
+    chosen = sa.parse(spec)
+    return lambda: sa.attention(q, k, v, chosen)
+
+
+def read(heads: int, n: int, threads: int, dim: int = 64) -> Call:
+    """A plain sum over the keys and values of ``decode``."""
+    from sparseattn import _core
+
+    k, v = cached(heads, n, dim, "float32")
+    return lambda: _core.bench_read(k, v, threads)
 
 
 def layout(heads: int, n: int, block: int, share: float) -> np.ndarray:
@@ -225,6 +269,7 @@ JOBS: dict[str, Callable[..., Call]] = {
     f.__name__: f
     for f in (
         *(ours, ours_call, grad, grad_call, weights, sgemm, fma, dispatch, select, idle, error),
+        *(decode, decode_call, read),
         *(torch_sdpa, torch_grad, torch_flex),
     )
 }

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import make_layout, make_qkv
+from conftest import SPECS, fit, make_layout, make_params, make_qkv
 from reference import gradients as ref_grad
 
 import sparseattn as sa
 from sparseattn import _core
 from sparseattn.packed import build
-from sparseattn.variants.base import Problem
+from sparseattn.variants.base import Problem, Variant
 
 Array = np.ndarray
 NAMES = ("dq", "dk", "dv", "dbias")
@@ -231,6 +231,53 @@ def test_what_is_not_seen_changes_no_bit(dtype: Any, isa: str) -> None:
                 assert dq[rows].tobytes() == clean[0][rows].tobytes(), where
                 assert dk[keys].tobytes() == clean[1][keys].tobytes(), where
                 assert dv[keys].tobytes() == clean[2][keys].tobytes(), where
+
+
+@pytest.mark.promise("A4")
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradients_of_queries_are_causal(spec: Variant) -> None:
+    """Whatever comes from position j on, of no earlier row does a bit of dq change; one kv head, so
+    that there are runs."""
+    shape = fit(spec, (1, 2, 1, 400, 400, 16, 16))
+    params = make_params(spec, shape)
+    rng = np.random.default_rng(3)
+    inputs = [x.copy() for x in make_qkv(shape)]
+    inputs.append(rng.standard_normal(inputs[0].shape).astype(np.float32))
+
+    def dq_of(q: Array, k: Array, v: Array, dout: Array) -> Array:
+        vjp = sa.attention_vjp(q, k, v, spec, causal=True, params=params)
+        dq: Array = vjp.pullback(dout).dq
+        return dq
+
+    before = dq_of(*inputs)
+    for j in (1, 130, 257, 399):
+        changed = [x.copy() for x in inputs]
+        for x in changed:
+            x[:, :, j:] = 3 * rng.standard_normal(x[:, :, j:].shape)
+        got = dq_of(*changed)
+        assert got[:, :, :j].tobytes() == before[:, :, :j].tobytes(), j
+        assert (got != before).any() or np.abs(got).max() < 1e-5  # of one key: no gradient
+
+
+@pytest.mark.promise("A4")
+def test_how_later_rows_choose_changes_no_bit() -> None:
+    """Rows that select near themselves could be cut into runs, rows that select anywhere could not:
+    a cut that looked at the selection would tell earlier rows of later ones."""
+    rng = np.random.default_rng(5)
+    q, k, v, dout = (rng.standard_normal((1, 1, 512, 16), np.float32) for _ in range(4))
+    near = 20 * (np.arange(16) == np.arange(512)[:, None] // 64)
+    q[..., 192:256, :] += np.roll(near[192:256], -3, 1)  # keys of two runs
+    near_q, near_k = (q + near).astype(np.float32), (k + near).astype(np.float32)
+    plan = sa.plan(near_q, near_k, "topk:16", causal=True).to_mask()
+    assert plan[0, 0, 230, :64].any() and plan[0, 0, 230, 192:].any()
+    far_q, far_k = near_q.copy(), near_k.copy()
+    far_q[:, :, 256:], far_k[:, :, 256:] = q[:, :, 256:], k[:, :, 256:]
+    dqs = [
+        sa.attention_vjp(*qk, v, "topk:16", causal=True).pullback(dout).dq
+        for qk in ((near_q, near_k), (far_q, far_k))
+    ]
+    assert dqs[0][:, :, :256].tobytes() == dqs[1][:, :, :256].tobytes()
+    assert (dqs[0][:, :, 256:] != dqs[1][:, :, 256:]).any()
 
 
 def test_halves_are_read_as_they_are(isa: str) -> None:

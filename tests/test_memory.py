@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -18,23 +19,27 @@ from sparseattn import _core
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
 
-def extra(n: int, spec: sa.Dense | sa.Window) -> int:
-    """Peak bytes that one causal head of n tokens takes beside q, k, v and out."""
+def extra(n: int, spec: sa.Dense | sa.Window, backward: bool) -> int:
+    """Peak bytes that the core takes for one causal head of n tokens."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((1, 1, n, 16), dtype=np.float32) for _ in range(3))
-    out = np.empty_like(q)
+    q, k, v, dout = (rng.standard_normal((1, 1, n, 16), dtype=np.float32) for _ in range(4))
+    if backward:
+        call = functools.partial(sa.attention_vjp(q, k, v, spec, causal=True).pullback, dout)
+    else:
+        call = functools.partial(sa.attention, q, k, v, spec, causal=True)
     _core.trim()
     before = _core.live_bytes()
     _core.peak_reset()
-    sa.attention(q, k, v, spec, causal=True, out=out)
-    assert np.isfinite(out).all()
+    first = call()[0] if backward else call()
+    assert np.isfinite(first).all()
     return _core.peak_bytes() - before
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("spec", [sa.Dense(), sa.Window(1024)], ids=str)
-def test_long_rows_take_linear_memory(spec: sa.Dense | sa.Window) -> None:
+def test_long_rows_take_linear_memory(spec: sa.Dense | sa.Window, backward: bool) -> None:
     """N = 65,536: the plan and the scratch, about 20 bytes a token; N x N bits would be 512 MiB."""
-    short, long = extra(16_384, spec), extra(65_536, spec)
+    short, long = (extra(n, spec, backward) for n in (16_384, 65_536))
     assert long <= 4 * short
     assert long <= 64 * 65_536
 
@@ -55,10 +60,10 @@ def outputs(heads: int, n: int) -> int:
 
 
 @linux
-def test_backward_takes_linear_memory() -> None:
-    """N = 65,536: beside outputs the plan, delta and two threads' scratch of about 0.4 MiB each.
-    N x N weights would be 16 GiB, their bits 512 MiB."""
-    n = 65_536
+@pytest.mark.parametrize("n", [16_384, pytest.param(65_536, marks=pytest.mark.nightly)])
+def test_backward_takes_linear_memory(n: int) -> None:
+    """Beside outputs: the plan, delta and two threads' scratch of about 0.4 MiB each. N x N weights
+    would be 1 GiB at N = 16,384 and 16 GiB at N = 65,536."""
     counts = peaks("numpy", 1, n)
     assert 0 < counts["counted"] <= 2**20 + 16 * n
     assert outputs(1, n) <= counts["resident"] <= outputs(1, n) + 2 * 2**20 + 64 * n

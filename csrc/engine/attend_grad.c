@@ -206,24 +206,45 @@ check_grads(sa_ctx *ctx, const sa_attend_grads *g, const sa_problem *p)
     return s ? s : check_view(ctx, "dbias", g->dbias, sums, "the scores", pairs);
 }
 
-/* Of some row blocks: how many, pairs of one and a run of keys in which it has spans, the keys of
- * its spans. */
+/* How the spans of some blocks lie: blocks, pairs of a block and a run of keys in which it has
+ * spans, keys of the spans, those of the block that has most. */
+typedef struct {
+    int64_t blocks, visits, keys, most;
+} lie;
+
 static void
-count_visits(const sa_plan *plan, int64_t run_keys, int64_t *blocks, int64_t *visits, int64_t *keys)
+add_block(const sa_plan *plan, int64_t slot, int64_t run_keys, lie *sum)
+{
+    uint32_t met = 0;
+    int64_t keys = 0;
+    for (int64_t s = plan->row_ptr[slot]; s < plan->row_ptr[slot + 1]; s++) {
+        const int64_t len = sa_plan_span_len(plan, s), start = plan->start[s];
+        for (int64_t run = start / run_keys; run <= (start + len - 1) / run_keys; run++) {
+            met |= 1u << run;
+        }
+        keys += len;
+    }
+    sum->blocks += 1;
+    sum->visits += __builtin_popcount(met);
+    sum->keys += keys;
+    sum->most = SA_MAX(sum->most, keys);
+}
+
+/* Tokens are selected by contents, and keys that a row does not see may change no bit of it: of
+ * such plans only the longest row counts, as if its keys lay anywhere. */
+static lie
+look_at(const sa_plan *plan, int64_t run_keys, int64_t runs)
 {
     const int64_t slots = plan->n_maps * plan->n_blocks;
+    lie sum = {0};
     for (int64_t slot = 0; slot < slots; slot += SA_MAX(1, slots / BLOCKS_ASKED)) {
-        uint32_t met = 0;
-        for (int64_t s = plan->row_ptr[slot]; s < plan->row_ptr[slot + 1]; s++) {
-            const int64_t len = sa_plan_span_len(plan, s), start = plan->start[s];
-            for (int64_t run = start / run_keys; run <= (start + len - 1) / run_keys; run++) {
-                met |= 1u << run;
-            }
-            *keys += len;
-        }
-        *visits += __builtin_popcount(met);
-        *blocks += 1;
+        add_block(plan, slot, run_keys, &sum);
     }
+    if (plan->rows_per_block == 1) {
+        sum.visits = sum.blocks * SA_MIN(runs, sum.most);
+        sum.keys = sum.blocks * sum.most;
+    }
+    return sum;
 }
 
 static int64_t
@@ -237,13 +258,16 @@ run_length(int64_t n_k, int64_t runs)
 static bool
 worth(const sa_grad_call *call, int64_t runs)
 {
+    const int64_t tasks = call->kv_tasks * runs;
     int64_t visits = 0, keys = 0, blocks = 0, rows = 1;
     for (int i = 0; i < call->call.n_parts; i++) {
         const sa_plan *const plan = call->call.parts[i].plan;
-        count_visits(plan, run_length(call->call.p->n_k, runs), &blocks, &visits, &keys);
+        const lie part = look_at(plan, run_length(call->call.p->n_k, runs), runs);
+        visits += part.visits;
+        keys += part.keys;
+        blocks += part.blocks;
         rows = SA_MAX(rows, plan->rows_per_block);
     }
-    const int64_t tasks = call->kv_tasks * runs;
     const int64_t least = rows == 1              ? ROW_VISIT
                           : tasks <= FEW_TASKS   ? SHORT_VISIT
                           : tasks <= LEAST_TASKS ? MIDDLE_VISIT

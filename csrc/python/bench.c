@@ -10,6 +10,8 @@
 #include "python/arrays.h"
 #include "tile/tile.h"
 
+enum { READ_PIECE = 4096, READ_FEW = 8 }; /* how attend cuts the keys of a decode */
+
 static double
 seconds(void)
 {
@@ -124,6 +126,90 @@ done:
     return result;
 }
 
+/* All of k and v, of which batch and heads make `heads` contiguous runs of rows. */
+typedef struct {
+    sa_view k, v;
+    int64_t heads, pieces, piece;
+} reading;
+
+static double
+read_rows(const sa_view *a, int64_t head, int64_t begin, int64_t end)
+{
+    const char *row = sa_view_row(*a, head / a->size[1], head % a->size[1], begin);
+    const int64_t bytes = (end - begin) * a->size[3] * (int64_t)sa_dtype_size(a->dtype);
+    return sa_tile_for(false)->read_sum(row, bytes / (int64_t)sizeof(float));
+}
+
+static sa_status
+read_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
+{
+    const reading *r = arg;
+    const int64_t head = task / r->pieces, begin = task % r->pieces * r->piece;
+    const int64_t end = SA_MIN(begin + r->piece, r->k.size[2]);
+    volatile double sum = 0; /* keeps the loops */
+
+    (void)ctx, (void)worker;
+    sum = read_rows(&r->k, head, begin, end);
+    sum = sum + read_rows(&r->v, head, begin, end);
+    return SA_OK;
+}
+
+static bool
+lies_whole(const sa_view *a, int axis)
+{
+    return a->size[axis] <= 1 || a->stride[axis] == a->stride[axis + 1] * a->size[axis + 1];
+}
+
+PyDoc_STRVAR(bench_read_doc,
+             "bench_read(k, v, threads, /)\n--\n\n"
+             "Seconds that a plain sum over all of k and v takes on that many threads.\n\n"
+             "Both are contiguous (batch, kv_heads, n_k, width); their bytes are read as float32,\n"
+             "cut into tasks as attention cuts the keys of one query row.");
+
+static PyObject *
+py_bench_read(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    py_call call;
+    PyObject *result = NULL;
+    reading r = {.pieces = 1};
+    int64_t threads;
+
+    if (py_call_begin(&call, module, "bench_read", nargs, 3) < 0 ||
+        py_view(&call, args[0], "k", 4, PY_STORED, 0, &r.k) < 0 ||
+        py_view(&call, args[1], "v", 4, PY_STORED, 0, &r.v) < 0 ||
+        py_int(&call, args[2], "threads", 1, SA_MAX_THREADS, &threads) < 0) {
+        goto done;
+    }
+    for (int axis = 0; axis < 3; axis++) {
+        if (r.k.size[axis] != r.v.size[axis] || !lies_whole(&r.k, axis) ||
+            !lies_whole(&r.v, axis)) {
+            PyErr_SetString(call.state->argument,
+                            "k and v must be contiguous arrays of the same number of rows");
+            goto done;
+        }
+    }
+    r.heads = r.k.size[0] * r.k.size[1];
+    r.piece = r.k.size[2];
+    if (r.heads < READ_FEW && r.piece > READ_PIECE) {
+        r.pieces = (r.piece + READ_PIECE - 1) / READ_PIECE;
+        r.piece = READ_PIECE;
+    }
+    py_call_detach(&call);
+    const int before = sa_num_threads();
+    sa_num_threads_set((int)threads);
+    const double begin = seconds();
+    const sa_status status = sa_parallel(call.ctx, r.heads * r.pieces, read_task, &r);
+    const double taken = seconds() - begin;
+    sa_num_threads_set(before);
+    py_call_attach(&call);
+    if (py_call_status(&call, status) == 0) {
+        result = PyFloat_FromDouble(taken);
+    }
+done:
+    py_call_end(&call);
+    return result;
+}
+
 PyDoc_STRVAR(bench_select_doc,
              "bench_select(rows, count, quick, /)\n--\n\n"
              "Seconds a row takes to give its count largest; quick: by quickselect on a copy.\n\n"
@@ -176,6 +262,7 @@ done:
 PyMethodDef py_bench_methods[] = {
     {"bench_dispatch", PY_FAST(py_bench_dispatch), bench_dispatch_doc},
     {"bench_fma", PY_FAST(py_bench_fma), bench_fma_doc},
+    {"bench_read", PY_FAST(py_bench_read), bench_read_doc},
     {"bench_select", PY_FAST(py_bench_select), bench_select_doc},
     {NULL, NULL, 0, NULL},
 };

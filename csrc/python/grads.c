@@ -1,10 +1,9 @@
 /* grads.c - the backward of attention across the boundary. */
-#include <math.h>
+#include "python/arrays.h"
+#include "python/call.h"
 
 #include "base/alloc.h"
 #include "engine/attend_grad.h"
-#include "python/arrays.h"
-#include "python/call.h"
 
 /* One output of the backward, or None; apart from everything that is read. */
 static int

@@ -169,6 +169,9 @@ typedef struct sa_tile {
      * than 4 queries, and where k and v differ in type. */
     bool (*run_attend)(const sa_queries *rows, const sa_run *k, const sa_run *v, int64_t n_keys,
                        int step, const sa_run *next);
+
+    /* Sum of n reals that lie together. For the benchmark's rate of reading. */
+    double (*read_sum)(const void *x, int64_t n);
 } sa_tile;
 
 /* Table of the instruction set in force (sa_isa_now()); f64 selects double. */

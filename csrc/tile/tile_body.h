@@ -77,4 +77,5 @@ const sa_tile SA_NAME(sa_tile) = {
     .run_dots = run_dots,
     .run_axpys = run_axpys,
     .run_attend = run_attend,
+    .read_sum = read_sum,
 };

@@ -97,3 +97,29 @@ fma_peak(int64_t rounds)
     (void)sink;
     return (double)rounds * 12 * LANES * 2;
 }
+
+static double
+read_sum(const void *x, int64_t n)
+{
+    const real *const from = x;
+    vreal acc[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        acc[i] = vset(0);
+    }
+    int64_t at = 0;
+    for (; at + 8 * LANES <= n; at += 8 * LANES) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            acc[i] += vload(from + at + i * LANES);
+        }
+    }
+    double rest = 0;
+    for (; at < n; at++) {
+        rest += (double)from[at];
+    }
+    for (int i = 1; i < 8; i++) {
+        acc[0] += acc[i];
+    }
+    return (double)vsum(acc[0]) + rest;
+}

@@ -368,6 +368,20 @@ check_peak(const sa_tile *t)
 }
 
 static void
+check_read(const sa_tile *t)
+{
+    for (int n = 0; n < 200; n += 7) {
+        void *const x = real_random(t, n, 1);
+        double sum = 0;
+        for (int i = 0; i < n; i++) {
+            sum += real_get(t, x, i);
+        }
+        CHECK(check_near(t->read_sum(x, n), sum, 20 * real_eps(t) * (n + 1)), "%d numbers", n);
+        sa_free(x);
+    }
+}
+
+static void
 check_table(const sa_tile *t)
 {
     static const struct {
@@ -383,7 +397,8 @@ check_table(const sa_tile *t)
                  {"finite", check_finite},
                  {"product", check_product},
                  {"thresholds", check_thresholds},
-                 {"fma_peak", check_peak}};
+                 {"fma_peak", check_peak},
+                 {"read_sum", check_read}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         check_case("%s: %s", table_name(t), parts[i].name);
         parts[i].run(t);
