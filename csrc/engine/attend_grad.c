@@ -110,17 +110,17 @@ sa_grad_group_begin(sa_ctx *ctx, const sa_grad_call *call, int64_t b, int64_t he
                : sa_fail(ctx, SA_EINTERNAL, "attend_grad: the scratch reserved is too small");
 }
 
-/* dk and dv of keys [lo, hi) become 0. */
-static void
-clear_keys(const sa_grad_call *call, int64_t b, int64_t g, int64_t lo, int64_t hi)
+void
+sa_grad_clear(sa_grad_group *gg, int64_t end)
 {
-    const sa_view views[] = {call->grads->dk, call->grads->dv};
+    const sa_view views[] = {gg->call->grads->dk, gg->call->grads->dv};
     for (int v = 0; v < 2; v++) {
-        for (int64_t j = lo; j < hi && views[v].data != NULL; j++) {
-            memset(sa_view_row(views[v], b, g, j), 0,
-                   (size_t)views[v].size[3] * call->call.real_bytes);
+        for (int64_t j = gg->cleared; j < end && views[v].data != NULL; j++) {
+            memset(sa_view_row(views[v], gg->g.b, gg->g.g, j), 0,
+                   (size_t)views[v].size[3] * gg->g.call->real_bytes);
         }
     }
+    gg->cleared = SA_MAX(gg->cleared, end);
 }
 
 /* Block run x of heads [head, head + n) of one map, against the keys of the group. */
@@ -146,10 +146,8 @@ grad_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     const int64_t g = task % call->kv_tasks % p->kv_heads, b = task % call->kv_tasks / p->kv_heads;
     const int64_t group = p->heads / p->kv_heads, y = (x + call->round) % call->runs;
     const int64_t lo = y * call->run_keys, hi = SA_MIN(lo + call->run_keys, p->n_k);
+    int64_t cleared = call->round == 0 ? lo : hi;
     sa_status status = SA_OK;
-    if (call->round == 0) {
-        clear_keys(call, b, g, lo, hi);
-    }
     if (lo >= hi && call->round > 0) {
         return SA_OK;
     }
@@ -162,7 +160,12 @@ grad_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
             gg.sums = call->grads->dk.data != NULL || call->grads->dv.data != NULL;
             gg.g.key_lo = (int32_t)SA_MIN(lo, p->n_k);
             gg.g.key_hi = (int32_t)SA_MAX(hi, gg.g.key_lo);
+            gg.cleared = cleared;
             run_blocks(&gg, x, head, n);
+            if (head + n >= (g + 1) * group) {
+                sa_grad_clear(&gg, hi); /* keys that no row sees */
+            }
+            cleared = gg.cleared;
         }
     }
     return status;

@@ -43,6 +43,7 @@ typedef struct sa_grad_group {
     bool raw;                /* ds without the derivative of the soft-cap, as dbias takes it */
     bool sums;               /* dk or dv is wanted                                           */
     bool plain;              /* a score is scale q.k and no more                             */
+    int64_t cleared;         /* first key of the task whose dk and dv nobody has set to 0 yet */
     int rows_finite;         /* whether q and dout of the group are; -1: not looked at yet   */
     /* dbias: takes ds of row r, [key]; r < 0: of the rows of strip `strip`. NULL otherwise. */
     void (*bias_sums)(struct sa_grad_group *g, int r, const sa_key_tile *tile, int a, int n);
@@ -78,6 +79,9 @@ void sa_grad_rows(sa_grad_group *g);   /* row path  */
 void sa_grad_row(const sa_grad_group *g, int r, double *lse, double *delta);
 /* Row r of the group, of `from`, as it lies into to[ld], whole vectors wide. */
 void sa_grad_load(const sa_grad_group *g, char *to, int64_t ld, sa_view from, int r, int dim);
+/* dk and dv of the task's keys before `end` become 0, unless they have been: when a tile first adds
+ * to them, so that they are in the cache then. */
+void sa_grad_clear(sa_grad_group *g, int64_t end);
 /* dk_row, dv_row of a tile's keys. */
 void sa_grad_key_rows(const sa_grad_group *g, const sa_key_tile *tile);
 

@@ -76,6 +76,7 @@ row_keys(sa_grad_group *gg, int r, const sa_key_tile *tile, int a, int n)
                                 (int)p->dim);
     }
     if (gg->sums) {
+        sa_grad_clear(gg, tile->keys[tile->n - 1] + 1);
         sa_grad_key_rows(gg, tile);
         row_sums(gg, a, n, terms);
     }

@@ -7,8 +7,6 @@
 
 #include "engine/attend_grad_call.h"
 
-enum { QUERIES_A_TILE = 16 }; /* rows of the next block asked for with a tile */
-
 typedef struct {
     int first, rows, wide; /* query rows of the strip; columns that hold them */
     char *qt, *dot, *dq, *lse, *delta, *p, *ds, *seen;
@@ -316,41 +314,9 @@ tile_sums(const sa_grad_group *gg, int n_keys, const int (*range)[2], bool seen)
     }
 }
 
-/* Asks for part x of n of what the next tile reads and adds to. */
+/* One tile of keys against all strips. */
 static void
-prefetch_tile(const sa_grad_group *gg, const sa_key_tile *tile, int x, int n)
-{
-    const sa_attend_grads *const grads = gg->call->grads;
-    const sa_problem *const p = gg->g.call->p;
-    const sa_view *const views[] = {&p->k, &p->v, &grads->dk, &grads->dv};
-    for (int j = x * tile->n / n; j < (x + 1) * tile->n / n; j++) {
-        for (int v = 0; v < 4; v++) {
-            sa_prefetch_row(views[v], gg->g.b, gg->g.g, tile->keys[j]);
-        }
-    }
-}
-
-/* Some rows of the next block, a few with every tile of this one. */
-static int64_t
-prefetch_next(const sa_grad_group *gg, int64_t row)
-{
-    const sa_group *const g = &gg->g;
-    const sa_attend_grads *const grads = gg->call->grads;
-    const sa_view *const views[] = {&g->call->p->q, &grads->dout, &grads->dq};
-    const int64_t end = SA_MIN(row + QUERIES_A_TILE, g->next_end);
-    for (; row < end; row++) {
-        for (int64_t h = g->head; h < g->head + g->n_heads; h++) {
-            for (int v = 0; v < 3; v++) {
-                sa_prefetch_row(views[v], g->b, h, row);
-            }
-        }
-    }
-    return row;
-}
-
-/* One tile of keys against all strips; asks for the next one meanwhile. */
-static void
-tile_grads(sa_grad_group *gg, const sa_key_tile *tile, const sa_key_tile *next)
+tile_grads(sa_grad_group *gg, const sa_key_tile *tile)
 {
     const sa_tile *const t = gg->g.call->tile;
     const bool hides = tile->kind != SA_TILE_FULL || gg->g.terms;
@@ -360,9 +326,6 @@ tile_grads(sa_grad_group *gg, const sa_key_tile *tile, const sa_key_tile *next)
     for (int x = 0; x < gg->n_strips; x++) {
         const strip st = strip_at(gg, x);
         const sight s = look(gg, st, tile);
-        if (next != NULL) {
-            prefetch_tile(gg, next, x, gg->n_strips);
-        }
         strip_tile(gg, st, tile, &s, seen, k_finite);
         if (gg->bias_sums != NULL && s.a < s.b) {
             gg->strip = x;
@@ -372,6 +335,7 @@ tile_grads(sa_grad_group *gg, const sa_key_tile *tile, const sa_key_tile *next)
         range[x][1] = SA_MAX(s.a, s.b);
     }
     if (gg->sums) {
+        sa_grad_clear(gg, tile->keys[tile->n - 1] + 1);
         sa_grad_key_rows(gg, tile);
         tile_sums(gg, tile->n, range, seen && !rows_finite(gg));
     }
@@ -407,24 +371,15 @@ sa_grad_strips(sa_grad_group *gg)
     const bool k_here = sa_rows_in_place(&g->call->p->k, g->call->p->dim, g->call->real_bytes);
     const bool v_here = sa_rows_in_place(&g->call->p->v, g->call->p->dim_v, g->call->real_bytes);
     sa_cursor cursor = sa_cursor_start(g);
-    sa_key_tile tiles[2], *tile = &tiles[0], *next = &tiles[1];
-    bool more = sa_cursor_next(&cursor, tile);
-    int64_t ahead = g->next_begin;
+    sa_key_tile tile;
+    bool more = sa_cursor_next(&cursor, &tile);
     if (!more && (gg->call->round > 0 || gg->call->grads->dq.data == NULL)) {
         return;
     }
-    if (more) {
-        prefetch_tile(gg, tile, 0, 1);
-    }
     begin(gg);
-    while (more && !sa_stop_asked(g->ctx, g->worker)) {
-        more = sa_cursor_next(&cursor, next);
-        ahead = prefetch_next(gg, ahead);
-        sa_tile_rows(g, tile, k_here, v_here);
-        tile_grads(gg, tile, more ? next : NULL);
-        sa_key_tile *const done = tile;
-        tile = next;
-        next = done;
+    for (; more && !sa_stop_asked(g->ctx, g->worker); more = sa_cursor_next(&cursor, &tile)) {
+        sa_tile_rows(g, &tile, k_here, v_here);
+        tile_grads(gg, &tile);
     }
     for (int x = 0; x < gg->n_strips && gg->call->grads->dq.data != NULL; x++) {
         strip_end(gg, strip_at(gg, x));

@@ -6,10 +6,12 @@
 #include "engine/plan_parts.h"
 
 enum {
-    GRID = 64,          /* keys: where masks are looked at, what full spans are multiples of */
-    SELECTOR_ROWS = 64, /* rows of a task that computes scores                               */
-    MASKED_ROWS = 128,  /* ... that reads masks                                              */
-    PATTERN_ROWS = 4096 /* ... that reads nothing                                            */
+    GRID = 64,           /* keys: where masks are looked at, what full spans are multiples of */
+    SELECTOR_ROWS = 64,  /* rows of a task that computes scores                               */
+    MASKED_ROWS = 128,   /* ... that reads masks                                              */
+    PATTERN_ROWS = 4096, /* ... that reads nothing                                           */
+    LONG_ROWS = 2048,    /* of a head, or LARGE_ROWS of all: a large call                  */
+    LARGE_ROWS = 4096
 };
 
 /* Spans in the order of emission. len NULL: all have the plan's span_len. */
@@ -394,6 +396,17 @@ sa_plan_fill(sa_ctx *ctx, sa_plan *plan, const sa_plan_job *job)
     return status;
 }
 
+/* Twice the record's rows a block halve how often keys come from memory and gradients go there.
+ * Small calls keep more tasks, and masks are looked at in blocks of 64 x 64. */
+static int32_t
+block_rows(const sa_problem *p, const sa_planner *planner)
+{
+    const int64_t all = p->batch * p->heads * p->n_q;
+    const bool large = p->n_q >= LONG_ROWS || (p->n_q > GRID && all >= LARGE_ROWS);
+    return planner->grows && large && p->mask.data == NULL ? 2 * planner->rows_per_block
+                                                           : planner->rows_per_block;
+}
+
 /* Which heads and batches share a map, how many rows share a list. */
 static sa_plan
 sizes_of(const sa_problem *p, const sa_planner *planner, const void *opts, const sa_sight *sight,
@@ -401,7 +414,7 @@ sizes_of(const sa_problem *p, const sa_planner *planner, const void *opts, const
 {
     const bool addressed = planner->reads != 0 || planner->per_head;
     const bool mask = filtered && sight->mask, keys = filtered && sight->key_mask;
-    sa_plan_shape shape = {planner->rows_per_block, addressed};
+    sa_plan_shape shape = {block_rows(p, planner), addressed};
     if (planner->shape != NULL) {
         planner->shape(p, opts, &shape);
     }

@@ -34,6 +34,7 @@ typedef struct {
     size_t opts_size;
     unsigned reads;         /* 0: a pattern. SA_READS_Q | SA_READS_K: a selector         */
     int32_t rows_per_block; /* 64 for patterns, 1 for selectors                          */
+    bool grows;             /* twice as many in a large call                             */
     int32_t span_len;       /* 0: spans carry lengths; 1: single keys                    */
     bool per_head;          /* a map a head and batch where nothing is read: random keys */
     bool applies_mask;      /* emit leaves out what masks hide; else the driver does     */

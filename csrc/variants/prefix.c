@@ -44,6 +44,7 @@ const sa_planner sa_planner_prefix = {
     .fields = fields,
     .opts_size = sizeof(sa_prefix_opts),
     .rows_per_block = 64,
+    .grows = true,
     .band = band,
     .emit = emit,
 };

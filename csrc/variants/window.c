@@ -92,6 +92,7 @@ const sa_planner sa_planner_window = {
     .fields = fields,
     .opts_size = sizeof(sa_window_opts),
     .rows_per_block = 64,
+    .grows = true,
     .band = band,
     .emit = emit,
 };
