@@ -71,14 +71,13 @@ run_from(sa_run run, int32_t key)
     return run;
 }
 
-/* Keys whose K or V stay in the first cache. Rows far apart fall on few of its sets. */
+/* Keys whose K or V stay in the first cache. Sums are rounded step by step: how the rows lie and
+ * what they are stored in may not change a bit. */
 static int
-keys_at_once(sa_run run, int64_t dim)
+keys_at_once(int64_t dim, size_t real_bytes)
 {
-    const int64_t bytes = dim * (int64_t)sa_dtype_size(run.dtype);
-    const int64_t keys = NEAR_BYTES / bytes / FEWEST * FEWEST;
-    const bool apart = run.step != bytes && run.step % 1024 == 0;
-    return apart ? FEWEST : (int)SA_MAX(FEWEST, SA_MIN(keys, SA_TILE_KEYS));
+    const int64_t keys = NEAR_BYTES / (dim * (int64_t)real_bytes) / FEWEST * FEWEST;
+    return (int)SA_MAX(FEWEST, SA_MIN(keys, SA_TILE_KEYS));
 }
 
 static void
@@ -88,7 +87,7 @@ walk_start(row_walk *w, sa_group *g)
     w->g = g;
     w->k = run_of(g, p->k);
     w->v = run_of(g, p->v);
-    w->step = SA_MIN(keys_at_once(w->k, p->dim), keys_at_once(w->v, p->dim_v));
+    w->step = keys_at_once(SA_MAX(p->dim, p->dim_v), g->call->real_bytes);
     w->plain = !g->terms && !g->masked && p->softcap == 0 && p->dropout_p == 0;
 }
 
