@@ -81,11 +81,12 @@ def test_concurrent_calls_agree() -> None:
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
 import numpy as np
 from core_calls import build, problem
 from sparseattn import _core
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
 n = 30_000
 q = np.random.default_rng(0).standard_normal((1, 4, n, 64))
 out, free = np.empty_like(q), problem(0)
