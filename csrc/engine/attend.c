@@ -243,13 +243,10 @@ sa_group_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_he
     }
 }
 
-/* Up to a vector of queries the row path wins: it lets memory run ahead, and computes for no more
- * queries than there are. */
 static void
 run_group(sa_group *g, bool few)
 {
-    (void)few;
-    (g->n_rows <= g->call->tile->lanes ? sa_attend_rows : sa_attend_strips)(g);
+    (few ? sa_attend_rows : sa_attend_strips)(g);
 }
 
 static sa_status
