@@ -26,13 +26,35 @@ from sparseattn.models import Model
 TOLERANCE = 2e-5  # of logits, float32; with logits of order one
 
 
-def tokens(config: dict[str, Any], batch: int = 2, length: int = 33) -> np.ndarray:
-    return np.random.default_rng(7).integers(0, config["vocab_size"], (batch, length))
+def tokens(
+    config: dict[str, Any], batch: int = 2, length: int = 33, *, seed: int = 7
+) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config["vocab_size"], (batch, length))
 
 
 def wanted(config: dict[str, Any], weights: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
     wide = {name: value.astype(np.float64) for name, value in weights.items()}
     return np.stack([reference.llama(config, wide, row) for row in ids])
+
+
+def steady(config: dict[str, Any], weights: dict[str, np.ndarray]) -> tuple[Any, Any]:
+    """Tokens and their logits, which rounding the weights once moves by under TOLERANCE / 4.
+
+    A row near a switch of its softmax or of its norm can move by 2e-5 then: of such a row no
+    program in float32 knows more.
+    """
+    for seed in range(7, 30):
+        rng, ids = np.random.default_rng(seed), tokens(config, seed=seed)
+        want, moved = wanted(config, weights, ids), 0.0
+        for _ in range(3):
+            near = {
+                name: value * (1 + rng.uniform(-1, 1, value.shape) * 2.0**-24)
+                for name, value in weights.items()
+            }
+            moved = max(moved, np.abs(wanted(config, near, ids) - want).max())
+        if moved < TOLERANCE / 4:
+            return ids, want
+    raise AssertionError("no steady tokens in 23 draws")
 
 
 SWITCHES: list[dict[str, Any]] = [
@@ -58,8 +80,8 @@ def test_logits_match_reference(changes: dict[str, Any], tmp_path: Path) -> None
     config = LLAMA_CONFIG | changes
     weights = llama_weights(config)
     model = Model.from_pretrained(save_folder(tmp_path, config, weights))
-    ids = tokens(config)
-    got, want = model(ids), wanted(config, weights, ids)
+    ids, want = steady(config, weights)
+    got = model(ids)
     assert got.dtype == np.float32 and got.shape == want.shape
     assert np.abs(want).max() > 1
     np.testing.assert_allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE)

@@ -226,7 +226,6 @@ sa_group_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_he
     const sa_tile *const t = g->call->tile;
     const int64_t begin = plan->row_start[block], end = sa_plan_block_end(plan, block);
     const int64_t rows = n_heads * (end - begin), most = (int64_t)t->strip_max * SA_GROUP_STRIPS;
-    const bool few = rows <= t->lanes / 4;
     g->slot = g->map * plan->n_blocks + block;
     g->head = head;
     g->n_heads = n_heads;
@@ -239,14 +238,16 @@ sa_group_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_he
             g->s.query[r] =
                 sa_group_query(g, head + at / (end - begin), begin + at % (end - begin));
         }
-        g->run(g, few);
+        g->run(g, rows);
     }
 }
 
+/* Up to a vector of queries take the row path: it lets memory run ahead, and computes for no more
+ * queries than there are. What is left over of a larger block stays with the strips. */
 static void
-run_group(sa_group *g, bool few)
+run_group(sa_group *g, int64_t rows)
 {
-    (few ? sa_attend_rows : sa_attend_strips)(g);
+    (rows <= g->call->tile->lanes ? sa_attend_rows : sa_attend_strips)(g);
 }
 
 static sa_status

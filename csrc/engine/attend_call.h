@@ -71,7 +71,8 @@ typedef struct {
 /* One group of query rows of one block. */
 typedef struct sa_group {
     sa_ctx *ctx;
-    void (*run)(struct sa_group *g, bool few); /* what is done with a group */
+    /* What is done with a group; rows are those of its whole block. */
+    void (*run)(struct sa_group *g, int64_t rows);
     const sa_attend_call *call;
     const sa_plan *plan;
     sa_attend_scratch s;

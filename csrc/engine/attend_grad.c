@@ -78,10 +78,10 @@ carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *a, sa_grad
 }
 
 static void
-run_group(sa_group *g, bool few)
+run_group(sa_group *g, int64_t rows)
 {
     sa_grad_group *const gg = (sa_grad_group *)(void *)g;
-    (few ? sa_grad_rows : sa_grad_strips)(gg);
+    (rows <= g->call->tile->lanes / 4 ? sa_grad_rows : sa_grad_strips)(gg);
 }
 
 sa_status

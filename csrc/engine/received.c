@@ -145,10 +145,10 @@ mass_rows(mass_group *mg)
 }
 
 static void
-run_group(sa_group *g, bool few)
+run_group(sa_group *g, int64_t rows)
 {
     mass_group *const mg = (mass_group *)(void *)g;
-    (few || mg->call->few ? mass_rows : mass_strips)(mg);
+    (mg->call->few || rows <= g->call->tile->lanes / 4 ? mass_rows : mass_strips)(mg);
 }
 
 /* The mass of a key, `row` being a head of the part in some batch entry. */

@@ -308,10 +308,10 @@ rank_strips(top_group *tg)
 }
 
 static void
-run_group(sa_group *g, bool few)
+run_group(sa_group *g, int64_t rows)
 {
     top_group *const tg = (top_group *)(void *)g;
-    (void)few; /* peaks of all groups need a strip, however few its rows */
+    (void)rows; /* peaks of all groups need a strip, however few its rows */
     (tg->call->groups == 0 ? rank_rows : rank_strips)(tg);
 }
 
