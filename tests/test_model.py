@@ -15,7 +15,7 @@ from tiny_models import GPT2_CONFIG, LLAMA_CONFIG, gpt2_weights, llama_weights, 
 import sparseattn as sa
 from sparseattn import _core
 from sparseattn.errors import ArgumentError, DtypeError, FileError
-from sparseattn.models import Model, common
+from sparseattn.models import Model, network
 from sparseattn.models.model import FAMILIES
 from sparseattn.variants.base import Variant
 
@@ -316,7 +316,7 @@ def test_heads_are_views() -> None:
     """From the projections to attention nothing is copied."""
     rows = np.zeros((2 * 5, 3 * 24), np.float32)
     part = rows[:, 24:48]
-    view = common.by_head(part.reshape(10, -1, 8), 2)
+    view = network.by_head(part.reshape(10, -1, 8), 2)
     assert view.shape == (2, 3, 5, 8) and np.shares_memory(view, rows)
     view[1, 2, 4] = 1
     assert rows[9, 40:48].all() and rows.sum() == 8

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 
-from sparseattn.models.common import (
+from sparseattn.models.common import Config, Family
+from sparseattn.models.fields import (
     ACTIVATIONS,
     MAX_CONTEXT,
     MAX_HEADS,
     MAX_HIDDEN,
     MAX_LAYERS,
     MAX_VOCAB,
-    Config,
-    Family,
     Fields,
 )
 

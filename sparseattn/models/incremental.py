@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from sparseattn.attention import attention
 from sparseattn.cache import Cache
-from sparseattn.models.common import F32, Scratch, by_head
+from sparseattn.models.common import F32
+from sparseattn.models.network import Scratch, by_head
 from sparseattn.variants import Dense, RandomKeys, TopK, Variant, Window
 
 if TYPE_CHECKING:

@@ -27,21 +27,12 @@ from sparseattn.models.checkpoint import (
     read_small_json,
     show,
 )
-from sparseattn.models.common import (
-    F32,
-    Config,
-    Family,
-    Fields,
-    Network,
-    Weight,
-    by_head,
-    draw,
-    match,
-    rows_of,
-)
+from sparseattn.models.common import F32, Config, Family, Weight, draw, match
+from sparseattn.models.fields import Fields
 from sparseattn.models.generate import KEYWORDS, RENAMED, generate, read_request, stream
 from sparseattn.models.gpt2 import GPT2
 from sparseattn.models.llama import LLAMA
+from sparseattn.models.network import Network, by_head, rows_of
 from sparseattn.models.tokenizer import Tokenizer, load_tokenizer
 from sparseattn.plan import refuse_keywords
 from sparseattn.variants.base import Variant, parse
