@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from bench import Bench, Result
+from bench import Bench, Result, fastest
 from measure import Ask, ratio
 
 HEADS = 12
@@ -64,8 +64,21 @@ def topk_rows(bench: Bench) -> Iterator[Result]:
         yield Result("12", what, "x", *ratio(found["dense"], found["topk"]), 1.7)
 
 
+def torch_rows(bench: Bench) -> Iterator[Result]:
+    """Row 4c (decode): one query row over 65536 keys, PyTorch at its best thread setting."""
+    args = {"heads": HEADS, "n": 65536}
+    for threads in (1, 2):
+        asks = {"ours": Ask(bench.worker(threads), "decode_call", args)}
+        for t in range(1, threads + 1):
+            asks[f"torch{t}"] = Ask(bench.worker(t, "torch"), "torch_decode", args)
+        found = bench.run(asks, gap=0.02)
+        what = f"decode Nk=65536 H={HEADS} T{threads} over PyTorch SDPA"
+        yield Result("4c", what, "x", *ratio(fastest(found, "torch"), found["ours"]), 1.6)
+
+
 DECODE_ROWS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "decode": decode_rows,
     "decode-half": half_rows,
     "decode-topk": topk_rows,
+    "torch-decode": torch_rows,
 }

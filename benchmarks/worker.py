@@ -239,6 +239,16 @@ def torch_sdpa(heads: int, n: int, dim: int, causal: bool = False, window: int =
     return lambda: sdpa(q, k, v, attn_mask=mask)
 
 
+def torch_decode(heads: int, n: int, dim: int = 64) -> Call:
+    """PyTorch's fused kernel on one query row over the same cache as `decode`."""
+    import torch
+
+    q = np.random.default_rng(0).standard_normal((1, heads, 1, dim), dtype=np.float32)
+    k, v = (torch.from_numpy(a) for a in cached(heads, n, dim, "float32"))
+    sdpa, row = torch.nn.functional.scaled_dot_product_attention, torch.from_numpy(q)
+    return lambda: sdpa(row, k, v)
+
+
 def torch_grad(heads: int, n: int, dim: int, causal: bool = False) -> Call:
     """The gradients of q, k and v by PyTorch's autograd; the forward is not timed."""
     import torch
@@ -270,7 +280,7 @@ JOBS: dict[str, Callable[..., Call]] = {
     for f in (
         *(ours, ours_call, grad, grad_call, weights, sgemm, fma, dispatch, select, idle, error),
         *(decode, decode_call, read),
-        *(torch_sdpa, torch_grad, torch_flex),
+        *(torch_sdpa, torch_decode, torch_grad, torch_flex),
     )
 }
 REPORTS_ITSELF = {"fma", "dispatch", "select", "idle", "error"}

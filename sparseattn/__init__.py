@@ -107,6 +107,7 @@ _LAZY = {
     "Model": "sparseattn.models",
     "compare": "sparseattn.evaluation.compare",
     "plots": "sparseattn.plots",
+    "testing": "sparseattn.testing",
 }
 
 

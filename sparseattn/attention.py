@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sparseattn import _core
-from sparseattn.errors import ArgumentError
+from sparseattn.errors import ArgumentError, door
 from sparseattn.half import is_half, real_type, store, widen
 from sparseattn.inputs import (
     SINK,
@@ -155,10 +155,8 @@ def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) ->
     if problem.softcap == 0:
         np.copyto(shift, lse, where=np.isfinite(lse))
         scaled = (widen(q) if is_half(q) else q) * lse.dtype.type(problem.scale)
-        q = np.concatenate([scaled, -shift[..., None]], -1)
-        one = np.empty((*k.shape[:3], 1), k.dtype)
-        store(one, np.ones(1, real_type(k.dtype)))
-        k = np.concatenate([k, one], -1)
+        q = with_column(scaled, -shift[..., None])
+        k = with_column(k, np.ones(1, real_type(k.dtype)))
         problem = problem._replace(scale=1.0)
     ((dense, *_),) = build(parse("dense"), q, k, problem, None)
     kept, full = (row_lse(core, q, k, problem) for core in (piece.core, dense))
@@ -173,6 +171,14 @@ def kept_mass(piece: Piece, q: Array, k: Array, problem: Problem, lse: Array) ->
     return mass
 
 
+def with_column(x: Array, column: Array) -> Array:
+    """One more channel, in rows without gaps whatever the strides of ``x``."""
+    wide = np.empty((*x.shape[:3], x.shape[3] + 1), x.dtype)
+    wide[..., :-1] = x
+    store(wide[..., -1:], column)
+    return wide
+
+
 def row_lse(core: _core.Plan, q: Array, k: Array, problem: Problem) -> Array:
     """The log-sum-exp alone of attention over a plan."""
     real = real_type(q.dtype)
@@ -182,6 +188,7 @@ def row_lse(core: _core.Plan, q: Array, k: Array, problem: Problem) -> Array:
     return lse
 
 
+@door
 def attention(
     q: Any,
     k: Any,

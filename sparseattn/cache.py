@@ -16,7 +16,7 @@ import numpy as np
 from sparseattn import kept
 from sparseattn.errors import ArgumentError, CacheInUse, DtypeError, NotSupported
 from sparseattn.half import HALF, REAL, real_type
-from sparseattn.inputs import collapse, needs_grad, read_alike, read_bool, to_array
+from sparseattn.inputs import MOST_BATCHES, collapse, needs_grad, read_alike, read_bool, to_array
 from sparseattn.kept import Held, Policy, Staged
 from sparseattn.plan import Plan
 from sparseattn.variants.base import Variant, coerce, parse
@@ -352,6 +352,10 @@ class Cache:
                 raise ArgumentError(
                     f"reorder_cache needs one entry for each of the {batch} of the batch, got "
                     f"{array.size}: batch_select_indices() changes the batch"
+                )
+            if array.size > MOST_BATCHES:
+                raise ArgumentError(
+                    f"{method}: index must have at most {MOST_BATCHES} entries, got {array.size}"
                 )
             wrong = array[(array < 0) | (array >= batch)]
             if wrong.size:

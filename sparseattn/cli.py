@@ -150,7 +150,8 @@ def add_model(verb: argparse.ArgumentParser) -> None:
         "--model",
         metavar="DIR",
         help="Hugging Face folder with config.json, model.safetensors and a tokenizer "
-        "(GPT-2, LLaMA); the embedded model if unset",
+        "(GPT-2, LLaMA, Mistral, Qwen2, Qwen3, GPT-NeoX, BERT and its kin); the embedded model if "
+        "unset",
     )
     group.add_argument(
         "--random-weights", type=int, metavar="SEED", help="draw the weights: config.json is enough"
@@ -185,7 +186,7 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         action="append",
         metavar="SPEC",
         help="a variant such as window:64 or topk:16; give it several times (sparseattn info "
-        "lists all; default: dense, window:64, topk:16)",
+        "lists all; default: dense, window:64, topk:16; of an encoder, a window of both sides)",
     )
     group.add_argument(
         "--budgets",
@@ -199,7 +200,11 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         "--seeds", type=int, default=1, metavar="N", help="runs of specs with randomness (1)"
     )
     group.add_argument(
-        "--max-kl", type=float, default=0.01, metavar="NATS", help="for the advice (0.01)"
+        "--max-kl",
+        type=float,
+        default=0.01,
+        metavar="NATS",
+        help="for the advice (0.01); of embeddings, 1 - cosine",
     )
     group.add_argument(
         "--lengths", type=integers, metavar="N,...", help="lengths to time (512 to 65536, doubling)"

@@ -19,7 +19,7 @@ from sparseattn.attention import (
     run,
     run_piece,
 )
-from sparseattn.errors import ArgumentError, DtypeError, NotSupported
+from sparseattn.errors import ArgumentError, DtypeError, NotSupported, door
 from sparseattn.half import is_half, real_type, widen
 from sparseattn.inputs import (
     SINK,
@@ -76,6 +76,7 @@ class Gradients(NamedTuple):
     dparams: Any
 
 
+@door
 def attention_vjp(
     q: Any,
     k: Any,
@@ -157,6 +158,7 @@ def attention_vjp(
         likes[SINK] = like(SINK, params[SINK])
     state = State(ops, problem, made, target.array, lse)
 
+    @door
     def pullback(dout: Any, dlse: Any = None) -> Gradients:
         grads = pull(state, likes, *read_gradients(ops, dout, dlse))
         dparams = {SINK: grads[SINK]} if SINK in grads else None

@@ -34,7 +34,11 @@ from sparseattn.variants.base import SEEDS, Problem
 if TYPE_CHECKING:
     from sparseattn.variants.base import Array
 
-MAX_DIM = 4096  # the core's bound, asked before anything is copied
+# The core's bounds, asked before anything is copied: (axis from the end, most, words).
+MAX_DIM = 4096
+MOST_BATCHES = 1 << 31
+MOST_ENTRIES = 1 << 30  # of an index array
+MOST = ((-1, MAX_DIM, "wide"), (-2, 1 << 30, "long"), (-3, 1 << 20, "heads high"))
 CPU_DEVICES = (1, 3, 11)  # DLPack's CPU, and pinned host memory of CUDA and ROCm
 CAUSAL = {"bottomright": 1, "topleft": 2}
 SINK = "sink"  # the array of params that any spec takes
@@ -217,10 +221,18 @@ def read_alike(given: dict[str, Any], axes: str) -> tuple[list[Array], str]:
             raise ArgumentError(f"{name} must be {axes}, got shape {array.shape}{hint}")
         if dtype != stored:
             raise DtypeError(f"{name} is {dtype} and {first} is {stored}: convert one of them")
-        if array.shape[-1] > MAX_DIM:
-            raise ArgumentError(f"{name} must be at most {MAX_DIM} wide, got shape {array.shape}")
+        if array.size > MAX_DIM:
+            check_sizes(name, array.shape)
     wanted = storage_type(stored)
     return [as_real(name, array, wanted) for name, (array, _) in taken.items()], stored
+
+
+def check_sizes(name: str, shape: tuple[int, ...], most_of: Any = MOST) -> None:
+    for axis, most, words in most_of[: len(shape)]:
+        if shape[axis] > most:
+            raise ArgumentError(f"{name} must be at most {most} {words}, got shape {shape}")
+    if math.prod(shape[:-3]) > MOST_BATCHES:
+        raise ArgumentError(f"{name} must have a batch of at most {MOST_BATCHES}, got {shape}")
 
 
 def read_operands(q: Any, k: Any, v: Any) -> Operands:
@@ -337,12 +349,14 @@ def read_sink(params: Any, ops: Operands) -> Array | None:
     given = sink_of(params)
     if given is None:
         return None
-    sink, _ = to_real("params['sink']", given)
+    array, stored = to_array("params['sink']", given)
+    check_real("params['sink']", given, stored)
     heads = ops.q.shape[1]
-    if sink.shape != (heads,):
+    if array.shape != (heads,):
         raise ArgumentError(
-            f"params['sink'] must have one entry a query head, shape ({heads},), got {sink.shape}"
+            f"params['sink'] must have one entry a query head, shape ({heads},), got {array.shape}"
         )
+    sink = as_real("params['sink']", array, real_type(stored))
     return sink.astype(ops.real, copy=False)
 
 
@@ -367,9 +381,13 @@ def read_bias(bias: Any, ops: Operands) -> Array:
     if array.dtype == np.bool_:
         raise DtypeError("bias has dtype bool: True for 'may attend' is passed as mask=")
     check_real("bias", bias, stored)
-    once = array[tuple(slice(None) if step else slice(1) for step in array.strides)]
-    real = as_real("bias", once, ops.real, packed=False)
+    real = as_real("bias", once(array), ops.real, packed=False)
     return np.broadcast_to(real, array.shape)  # what was broadcast stays so
+
+
+def once(array: Array) -> Array:
+    """What an array holds, without the repeats of strides of zero; it broadcasts to the array."""
+    return array[tuple(slice(None) if step else slice(1) for step in array.strides)]
 
 
 def read_key_mask(key_mask: Any, ops: Operands) -> Array:
@@ -422,7 +440,10 @@ def check_params(params: Any, known: tuple[str, ...], spec: object) -> dict[str,
     taken = {
         name: to_array(f"params[{name!r}]", value) for name, value in params.items() if name != SINK
     }
-    return {n: widen(x) if stored in HALF else x for n, (x, stored) in taken.items()} or None
+    return {
+        n: np.broadcast_to(widen(once(x)), x.shape) if stored in HALF else x
+        for n, (x, stored) in taken.items()
+    } or None
 
 
 class Target(NamedTuple):
@@ -462,6 +483,7 @@ def make_target(out: Any, ops: Operands, masks: Problem | None = None) -> Target
     read = {"q": ops.q, "k": ops.k, "v": ops.v}
     if masks is not None:
         named = {"mask": masks.mask, "bias": masks.bias, "key_mask": masks.key_mask}
+        named["params['sink']"] = masks.sink
         read |= {name: x for name, x in named.items() if x is not None}
     for name, x in read.items():
         if overlap(array, x):

@@ -100,10 +100,17 @@ def append(policy: Policy, held: Held, k: Array, v: Array, there: Array | None) 
         grown = Held(kb, vb, there, held.stored, total, start, rows)
         return Staged(kb[:, :, :rows], vb[:, :, :rows], there, start, grown)
     if kept:
-        k = np.concatenate([held.k[:, :, :kept], k], 2)
-        v = np.concatenate([held.v[:, :, :kept], v], 2)
+        k, v = joined(held.k[:, :, :kept], k), joined(held.v[:, :, :kept], v)
     long = Held(k, v, there, held.stored, total, start, rows)
     return Staged(k, v, there, start, settled(policy, long))
+
+
+def joined(front: Array, back: Array) -> Array:
+    """Both one after the other, in rows without gaps whatever the strides."""
+    batch, heads, rows, width = front.shape
+    fresh = empty("the cache", (batch, heads, rows + back.shape[2], width), front.dtype)
+    fresh[:, :, :rows], fresh[:, :, rows:] = front, back
+    return fresh
 
 
 def room(buffer: Array, kept: int, rows: int, policy: Policy) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sparseattn import _core
 from sparseattn.attention import OutLse
-from sparseattn.errors import ArgumentError
+from sparseattn.errors import ArgumentError, door
 from sparseattn.gradients import Like, like, read_gradients
 from sparseattn.inputs import (
     Operands,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["merge", "merge_vjp"]
 
 
+@door
 def merge(parts: Sequence[Any]) -> OutLse:
     """Join attention outputs over disjoint key sets as if over all keys at once.
 
@@ -68,6 +69,7 @@ def merge(parts: Sequence[Any]) -> OutLse:
     return OutLse(taken.ops.give(out, stored=True), taken.ops.give(lse))
 
 
+@door
 def merge_vjp(parts: Sequence[Any]) -> MergeVJP:
     """``merge`` and its vector-Jacobian product.
 
@@ -105,6 +107,7 @@ def merge_vjp(parts: Sequence[Any]) -> MergeVJP:
     taken = read_parts(parts)
     out, lse = join(taken)
 
+    @door
     def pullback(dout: Any, dlse: Any = None) -> list[tuple[Any, Any]]:
         grads = split(taken, out, lse, *read_gradients(taken.ops, dout, dlse))
         pairs = iter(give(taken, grads))
@@ -137,16 +140,10 @@ def read_parts(parts: Sequence[Any]) -> Parts:
         got = "0 parts" if listed else type(parts).__name__
         raise ArgumentError(f"parts must be a list, got {got}: pass [(out, lse), (out, lse)]")
     pairs = [read_pair(f"parts[{i}]", part) for i, part in enumerate(parts)]
+    check_shapes(pairs)
     given = {f"parts[{i}][0]": pair[0] for i, pair in enumerate(pairs)}
     outs, stored = read_alike(given, "(..., heads, n_q, dim_v)")
     lses = [to_real(f"parts[{i}][1]", pair[1])[0] for i, pair in enumerate(pairs)]
-    shape = outs[0].shape
-    for i, (o, lse) in enumerate(zip(outs, lses, strict=True)):
-        if o.shape != shape or lse.shape != shape[:-1]:
-            raise ArgumentError(
-                f"parts[{i}] has shapes {o.shape} and {lse.shape}: "
-                f"all must have {shape} and {shape[:-1]}"
-            )
     ops = make_operands([outs[0]] * 3, ("parts", "parts", "parts"), stored, is_torch(pairs[0][0]))
     flat = tuple(x for pair in pairs for x in pair)
     return Parts(
@@ -156,6 +153,20 @@ def read_parts(parts: Sequence[Any]) -> Parts:
         tuple(collapse(o, ops.lead) for o in outs),
         tuple(np.ascontiguousarray(x, dtype=ops.real).reshape(ops.q.shape[:3]) for x in lses),
     )
+
+
+def check_shapes(pairs: list[tuple[Any, Any]]) -> None:
+    """One shape for all, known before anything is copied."""
+    shapes = [
+        tuple(to_array(f"parts[{i}][{at}]", x)[0].shape for at, x in enumerate(pair))
+        for i, pair in enumerate(pairs)
+    ]
+    first = shapes[0][0]
+    for i, (out, lse) in enumerate(shapes):
+        if out != first or lse != first[:-1]:
+            raise ArgumentError(
+                f"parts[{i}] has shapes {out} and {lse}: all must have {first} and {first[:-1]}"
+            )
 
 
 def read_pair(name: str, part: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sparseattn import _core
 from sparseattn.errors import ArgumentError, DtypeError
-from sparseattn.inputs import cast, to_array
+from sparseattn.inputs import MOST_ENTRIES, cast, enough_memory, to_array
 from sparseattn.variants.base import Piece, Problem, Variant
 
 if TYPE_CHECKING:
@@ -47,7 +47,10 @@ def read_ints(name: str, given: Any) -> Array:
         raise DtypeError(
             f"{name} has dtype {stored}, not integers: pass {cast(name, given, 'np.int64', 'long')}"
         )
-    return array.astype(np.int64)
+    if array.size > MOST_ENTRIES:
+        raise ArgumentError(f"{name} must have at most {MOST_ENTRIES} entries, got {array.shape}")
+    with enough_memory(f"a copy of {name}", array.shape, np.int64):
+        return array.astype(np.int64)
 
 
 def read_offsets(name: str, given: Any, axis: str, length: int) -> Array:

@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from sparseattn import _core
-from sparseattn.errors import ArgumentError, UnknownArgument
+from sparseattn.errors import ArgumentError, UnknownArgument, door
 from sparseattn.inputs import (
+    MOST,
     Operands,
     check_params,
+    check_sizes,
+    empty,
+    enough_memory,
+    once,
     read_bool,
     read_causal,
     read_operands,
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 Shape: TypeAlias = tuple[int, int, int, int]
 Remake: TypeAlias = Callable[[Shape, tuple[int, ...], int], "Plan"]  # shape, lead, kv heads
 
+MOST_OF_MASK = ((-1, 1 << 30, "wide"), *MOST[1:])
 MOD_ROWS = 1024  # rows of a mask_mod evaluated at once
 PICTURE = 64  # cells a side
 PICTURE_HEADS = 4
@@ -153,9 +159,12 @@ class Plan:
         >>> sa.Plan.from_mask(np.eye(3, dtype=bool)).kept_share
         0.3333333333333333
         """
-        array = read_bool("mask", mask, "a plan says who may attend, True or False").copy()
+        array = read_bool("mask", mask, "a plan says who may attend, True or False")
         if array.ndim < 2:
             raise ArgumentError(f"mask must be (..., heads, n_q, n_k), got shape {array.shape}")
+        check_sizes("mask", array.shape, MOST_OF_MASK)
+        with enough_memory("a copy of mask", array.shape, bool):
+            array = array.copy()
         array = array.reshape((1,) * (3 - array.ndim) + array.shape)
         lead = array.shape[:-3]
         return _from_mask(array.reshape((math.prod(lead), *array.shape[-3:])), lead)
@@ -187,7 +196,9 @@ class Plan:
         sizes = {"B": 1 if B is None else B, "H": 1 if H is None else H, "n_q": n_q, "n_k": n_k}
         for name, size in sizes.items():
             _check_size(name, size)
-        mask = np.empty(tuple(sizes.values()), bool)
+        shape = tuple(sizes.values())
+        check_sizes("(B, H, n_q, n_k)", shape, MOST_OF_MASK)
+        mask = empty("the mask", shape, bool)
         for b, h in np.ndindex(mask.shape[:2]):
             for i in range(0, n_q, MOD_ROWS):
                 rows = np.arange(i, min(i + MOD_ROWS, n_q))[:, None]
@@ -433,6 +444,7 @@ def make_plan(ops: Operands, spec: Any, problem: Problem, params: Any) -> Plan:
     return Plan(pieces, problem, ops.score_shape, ops.k.shape[1], ops.lead, variant)
 
 
+@door
 def plan(
     q: Any,
     k: Any,
@@ -478,17 +490,23 @@ def plan(
     refuse_keywords("plan", wrong, known)
     if isinstance(spec, Plan):
         raise ArgumentError("plan() makes a plan of a spec, got a Plan: use it as it is")
-    mask = None if mask is None else read_bool("mask", mask, "floats are passed as bias=").copy()
-    if key_mask is not None:
-        key_mask = read_bool("key_mask", key_mask, "it says which keys are there").copy()
     ops = read_operands(q, k, None)
     problem = read_problem(
         ops, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap
     )
+    problem = problem._replace(mask=own(problem.mask), key_mask=own(problem.key_mask))
     if cu_seqlens is not None:
         offsets = read_cu_seqlens(cu_seqlens, ops.q.shape[2], ops.k.shape[2])
         problem = problem._replace(cu_seqlens=offsets)
     return make_plan(ops, spec, problem, params)
+
+
+def own(mask: Array | None) -> Array | None:
+    """A copy that nobody else writes; what was broadcast stays so."""
+    if mask is None:
+        return None
+    with enough_memory("a copy of the masks", mask.shape, bool):
+        return np.broadcast_to(once(mask).copy(), mask.shape)
 
 
 # ---- pictures -----------------------------------------------------------------------------------

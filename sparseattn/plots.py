@@ -10,6 +10,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparseattn.evaluation.tasks import TASKS, Task, distance
+
 __all__ = ["available", "quality_cost", "time_ratio", "to_svg"]
 
 MARKERS = {"baseline": "D", "given": "o", "matched": "s", "bound": "^"}
@@ -23,7 +25,7 @@ def available() -> bool:
 
 
 def quality_cost(data: Mapping[str, Any]) -> Any:
-    """Return KL to dense against counted cost, a point a variant.
+    """Return KL to dense (of embeddings, 1 - cosine) against counted cost, a point a variant.
 
     On the left the cost is the share of visible pairs kept, on the right the share of key and
     value rows read: a selector keeps few pairs and still reads every key.
@@ -45,7 +47,7 @@ def quality_cost(data: Mapping[str, Any]) -> Any:
     _points_of_cost(right, rows, [50 * (row["k_rows"] + row["v_rows"]) for row in rows])
     left.set_xlabel("visible pairs kept (%)")
     right.set_xlabel("key and value rows read (% of the visible)")
-    left.set_ylabel("KL(dense || variant), nats per token")
+    left.set_ylabel(_task(data).distance)
     figure.suptitle(_title(data), fontsize=9)
     return figure
 
@@ -123,12 +125,12 @@ def _points_of_cost(axes: Any, rows: Sequence[Any], costs: Sequence[float]) -> N
     families = [row["variant"].partition(":")[0] for row in rows]
     names = list(dict.fromkeys(families))
     colors = [COLORS[names.index(family) % len(COLORS)] for family in families]
-    values = [row["kl"][0] or 0.0 for row in rows]
+    values = [distance(row)[0] or 0.0 for row in rows]
     for i, row in enumerate(rows):
         axes.errorbar(
             [costs[i]],
             [values[i]],
-            yerr=_bars([row["kl"]]),
+            yerr=_bars([distance(row)]),
             marker=MARKERS[row["role"]],
             markersize=5,
             color=colors[i],
@@ -198,7 +200,12 @@ def _name(row: Any) -> str:
 
 def _title(data: Mapping[str, Any]) -> str:
     e = data["evaluation"]
-    return f"{e['model']} on {e['text']}\n{e['predictions']:,} predictions, context {e['context']}"
+    counted = f"{e['predictions']:,} {_task(data).counted}"
+    return f"{e['model']} on {e['text']}\n{counted}, context {e['context']}"
+
+
+def _task(data: Mapping[str, Any]) -> Task:
+    return TASKS[data["evaluation"].get("task", "next")]
 
 
 def _ratios(row: Any) -> list[tuple[int, list[float]]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparseattn.attention import Call, refuse_with_plan, run
-from sparseattn.errors import ArgumentError
+from sparseattn.errors import ArgumentError, door
 from sparseattn.gradients import run_recorded
 from sparseattn.half import HALF
 from sparseattn.inputs import (
@@ -28,6 +28,7 @@ from sparseattn.plan import Plan
 __all__ = ["scaled_dot_product_attention"]
 
 
+@door
 def scaled_dot_product_attention(
     query: Any,
     key: Any,

@@ -99,6 +99,7 @@ def laid_out(array: Array, layout: tuple[tuple[int, ...], tuple[int, ...]], bits
     return view
 
 
+@pytest.mark.promise("B1")
 @settings(max_examples=60, deadline=None)
 @given(st.tuples(*[layouts()] * 3), layouts(2), st.sampled_from(["f4", "f8"]), st.integers(0, 9))
 def test_any_layout_gives_the_same_bits(views: Any, out_layout: Any, dtype: str, seed: int) -> None:
@@ -163,6 +164,7 @@ def test_out_that_overlaps_itself_is_refused() -> None:
             attend(q, k, v, out=as_strided(memory, memory.shape, strides))
 
 
+@pytest.mark.promise("B2")
 @pytest.mark.parametrize("which", ["q", "k", "v", "bias", "lse"])
 def test_out_that_overlaps_an_input_is_refused(which: str) -> None:
     n, d = 64, 16
@@ -207,6 +209,7 @@ HUGE = [
 ]
 
 
+@pytest.mark.promise("B3")
 @pytest.mark.parametrize("shape", HUGE, ids=str)
 @pytest.mark.parametrize("which", ["q", "k", "both"])
 def test_huge_shapes_are_refused_at_once(shape: tuple[int, ...], which: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -10,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -120,3 +123,68 @@ def test_version_is_the_one_of_the_metadata() -> None:
     except importlib.metadata.PackageNotFoundError:
         return  # built in place
     assert installed == project["version"]
+
+
+def wheel_checker() -> ModuleType:
+    path = PYPROJECT.parent / ".ci" / "check_wheel.py"
+    spec = importlib.util.spec_from_file_location("check_wheel", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@linux
+@pytest.mark.promise("G7")
+@pytest.mark.parametrize(
+    ("options", "platform", "fault"),
+    [
+        ([], "linux", None),
+        (["-Wl,-rpath,$ORIGIN/_libs"], "linux", None),
+        (["-Wl,-rpath,/opt/libs"], "linux", "searches /opt/libs"),
+        (["-Wl,-rpath,libs"], "linux", "searches libs"),
+        (["-Wl,--no-as-needed", "-lresolv"], "linux", "needs libresolv.so.2"),
+        ([], "manylinux_2_1", "needs glibc 2."),
+        ([], "other", "is not for"),
+    ],
+)
+def test_wheel_checker_reads_libraries(
+    options: list[str], platform: str, fault: str | None, tmp_path: Path
+) -> None:
+    """A folder of this machine, a library that stays behind, a newer libc, another CPU."""
+    checker = wheel_checker()
+    machine = os.uname().machine
+    if machine not in checker.MACHINES:
+        pytest.skip(f"no wheels for {machine}")
+    source = tmp_path / "one.c"
+    source.write_text("#include <stdlib.h>\nvoid *one(void) { return malloc(1); }\n")
+    library = tmp_path / "one.so"
+    tool("gcc", "-shared", "-fPIC", str(source), "-o", str(library), *options)
+    other = next(m for m in checker.MACHINES if m != machine)
+    tag = f"linux_{other}" if platform == "other" else f"{platform}_{machine}"
+    faults = checker.library_faults(library, set(), tag)
+    assert len(faults) == (fault is not None), faults
+    assert fault is None or fault in faults[0]
+    carried = checker.library_faults(library, {"libresolv.so.2"}, tag)
+    assert carried == [f for f in faults if "resolv" not in f]
+
+
+@pytest.mark.promise("G7")
+def test_wheel_checker_reads_names(tmp_path: Path) -> None:
+    """What is absent, what should be, and a RECORD that another file was put beside."""
+    checker = wheel_checker()
+    absent = checker.names_faults(["sparseattn/_core.pyi"])
+    assert len(absent) == len(checker.WANTED) - 1 and all(f.startswith("no ") for f in absent)
+    for name in ["tests/a.py", "csrc/a.c", "sparseattn/tests/b.py", "sparseattn/test_a.py"]:
+        assert f"holds {name}" in checker.names_faults([name])
+    for name in ["sparseattn/a.py", "sparseattn/testing.py", "sparseattn-1.0.dist-info/RECORD"]:
+        assert f"holds {name}" not in checker.names_faults([name])
+    record = "a.py,sha256=ypeBEsobvcr6wjGzmiPcTaeG7_gUfE5yuYB3ha_uSLs,1\nx.dist-info/RECORD,,\n"
+    for text, extra, count in [("a", False, 0), ("b", False, 1), ("a", True, 1)]:
+        with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+            archive.writestr("a.py", text)
+            archive.writestr("x.dist-info/RECORD", record)
+            if extra:
+                archive.writestr("b.py", "b")
+        with zipfile.ZipFile(tmp_path / "x.whl") as archive:
+            assert len(checker.record_faults(archive)) == count

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import pickle
 import sys
 import time
 import tracemalloc
-import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, requires
+from conftest import requires
 from tiny_models import (
     GPT2_CONFIG,
     LLAMA_CONFIG,
@@ -75,11 +73,25 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         pack(b'{"a":{"dtype":"F32","dtype":"F64","shape":[2],"data_offsets":[0,8]}}', EIGHT),
         "names 'dtype' twice",
     ),
-    "deep": (pack(b'{"a":' + b"[" * 100_000), "is nested deeper than 3 levels"),
+    "deep": (pack(b'{"a":' + b"[" * 40_000), "is nested deeper than 3 levels"),
+    "deeper": (pack(b'{"a":' + b"[" * 100_000), "holds more than 50000 values"),
     "one_too_deep": (pack({"a": {"b": {"c": {}}}}), "is nested deeper than 3 levels"),
     "long_integer": (pack(b'{"a":%s}' % (b"9" * 5000)), "is not valid JSON"),
     "many_tensors": (many_tensors(), f"more than {MAX_TENSORS} tensors"),
-    "many_lists": (pack(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}"), f"more than {MAX_TENSORS}"),
+    "many_lists": (pack(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}"), "more than 50000 values"),
+    "many_keys": (
+        pack(("{" + ",".join(f'"{i:x}":0' for i in range(1_500_000)) + "}").encode()),
+        "holds more than 50000 values",
+    ),
+    "a_late_twin": (
+        pack(("{" + ",".join(f'"{i}":0' for i in range(40_000)) + ',"39999":1}').encode()),
+        "names '39999' twice, for 0 and for 1",
+    ),
+    "a_million_tensors": (
+        pack(b"{" + b'"":{"data_offsets":[0,0]},' * 600_000 + b"}"),
+        f"describes more than {MAX_TENSORS} tensors",
+    ),
+    "big_endian_length": (len(one()).to_bytes(8, "big") + one()[8:], "claims a header of"),
     "trailing": (pack({"a": entry()}, bytes(9)), "has 1 bytes that belong to no tensor before"),
     "no_tensor_but_data": (pack({}, bytes(5)), "has 5 bytes that belong to no tensor"),
     "hole_first": (
@@ -312,11 +324,9 @@ def test_folder_that_is_none(tmp_path: Path) -> None:
 def test_no_weights(tmp_path: Path) -> None:
     save_folder(tmp_path, GPT2_CONFIG)
     with pytest.raises(
-        FileError, match=r"has no model.safetensors: add it, or pass random_weights"
+        FileError,
+        match=r"has no model.safetensors or model.safetensors.index.json: add it, or pass random_w",
     ):
-        Model.from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(FileError, match=r"sharded weights, .* max_shard_size='1000GB'"):
         Model.from_pretrained(tmp_path)
 
 
@@ -371,61 +381,6 @@ def test_the_conversion_command_works(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got, weights["model.norm.weight"].numpy())
 
 
-@pytest.mark.promise("D6")
-def test_the_package_never_unpickles() -> None:
-    package = ROOT / "sparseattn"
-    for path in package.rglob("*.py"):
-        if path.name == "train_tiny.py":  # a script beside the asset, not in the wheel
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [alias.name for alias in node.names]
-                names.append(getattr(node, "module", None) or "")
-                assert not {"pickle", "dill", "joblib", "marshal", "shelve"} & set(names), path
-            if isinstance(node, ast.Call):
-                text = ast.unparse(node)
-                assert "torch.load(" not in text and "allow_pickle=True" not in text, path
-
-
-@pytest.mark.promise("D4")
-def test_code_in_the_folder_is_not_run(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    config = GPT2_CONFIG | {
-        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
-        "trust_remote_code": True,
-    }
-    folder = save_folder(tmp_path / "model", config, gpt2_weights(config))
-    (folder / "evil.py").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()")
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('rendered') }}")
-    assert Model.from_pretrained(folder)([1, 2]).shape == (2, 61)
-    assert not marker.exists() and "evil" not in sys.modules
-
-
-def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra a sentence; with it the cache first, then the network."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileError, match=r"'org/name' does not exist: .* 'sparseattn\[hub\]'"):
-        Model.from_pretrained("org/name")
-    folder = save_folder(tmp_path / "snapshot", GPT2_CONFIG, gpt2_weights(GPT2_CONFIG))
-    calls = []
-
-    def snapshot_download(repo: str, *, local_files_only: bool = False, **rest: Any) -> str:
-        calls.append((repo, local_files_only))
-        assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in rest["allow_patterns"])
-        if repo == "org/gone" or (repo == "org/new" and local_files_only):
-            raise OSError("offline")
-        return str(folder)
-
-    fake = types.SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    assert Model.from_pretrained("org/cached").folder == folder
-    assert Model.from_pretrained("org/new").folder == folder
-    assert calls == [("org/cached", True), ("org/new", True), ("org/new", False)]
-    with pytest.raises(FileError, match=r"nor a readable Hugging Face id: 'org/gone' \(OSError\)"):
-        Model.from_pretrained("org/gone")
-
-
 # ---- config.json ----------------------------------------------------------------------------
 
 CONFIG_TEXTS = {
@@ -433,7 +388,9 @@ CONFIG_TEXTS = {
     "a_list": ("[]", "config.json holds [] where an object is expected"),
     "text": ('"gpt2"', "config.json holds 'gpt2' where an object"),
     "duplicate": ('{"n_layer": 1, "n_layer": 2}', "config.json names 'n_layer' twice"),
-    "deep": ('{"a":' * 100_000, "config.json is nested deeper than 16 levels"),
+    "deep": ('{"a":' * 40_000, "config.json is nested deeper than 16 levels"),
+    "deeper": ('{"a":' * 100_000, "config.json holds more than 50000 values"),
+    "lists": ('{"a":[' + "[]," * 200_000 + "0]}", "config.json holds more than 50000 values"),
     "seventeen": ('{"a":' * 17 + "0" + "}" * 17, "config.json is nested deeper than 16 levels"),
     "too_large": ('{"a": "' + "x" * 2**20 + '"}', "more than the limit of 1048576"),
     "latin_1": (b'{"a": "\xe9"}', "config.json is not UTF-8 at byte 7"),
@@ -454,7 +411,7 @@ def test_config_text(case: str, tmp_path: Path) -> None:
 
 
 GPT2_CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mixtral"}, "model_type is 'mixtral': known are gpt2, llama"),
+    ({"model_type": "mixtral"}, "model_type is 'mixtral': known are mistral"),
     ({"model_type": "gpt-2"}, "model_type is 'gpt-2': known are gpt2"),
     ({"model_type": ["gpt2"]}, "model_type is ['gpt2']: known are"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is set: save the weights"),
@@ -502,17 +459,12 @@ LLAMA_CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"attention_bias": True}, "tensor 'model.layers.0.self_attn.q_proj.bias' of a llama model is"),
     ({"mlp_bias": True}, "tensor 'model.layers.0.mlp.gate_proj.bias' of a llama model is missing"),
     ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0: give true or false"),
-    ({"rope_theta": 0}, "rope_theta is 0: give a number above 0"),
-    ({"rope_theta": -1e4}, "rope_theta is -10000.0: give a number above 0"),
-    ({"rope_theta": 1e13}, "rope_theta is 10000000000000.0: give a number above 0"),
+    ({"rope_theta": 0}, "rope_theta is 0: give a number above 1e-06"),
+    ({"rope_theta": -1e4}, "rope_theta is -10000.0: give a number above 1e-06"),
+    ({"rope_theta": 1e13}, "rope_theta is 10000000000000.0: give a number above"),
     ({"rope_scaling": "linear"}, "rope_scaling is 'linear': give an object or null"),
-    (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        "rope_scaling asks for 'linear' positions",
-    ),
-    ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling asks for 'llama3' positions"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters asks for 'yarn' positions"),
-    ({"rope_parameters": {"rope_type": ["x"]}}, "rope_parameters asks for"),
+    ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: factor is missing: add it"),
+    ({"rope_parameters": {"rope_type": ["x"]}}, "rope_parameters: rope_type is ['x']: known are"),
     ({"rope_parameters": {"rope_theta": "big"}}, "rope_parameters: rope_theta is 'big': give a"),
     ({"hidden_act": "sliu"}, "hidden_act is 'sliu': known are silu"),
     ({"rms_norm_eps": None, "num_hidden_layers": None}, "'model.layers.3.input_layernorm.weight'"),

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from core_calls import entries
+from faults import fail_each
+from public_calls import threads
 
 from sparseattn import _core
 
@@ -18,6 +20,7 @@ def no_failures() -> Iterator[None]:
     _core.fail_set(0)
 
 
+@pytest.mark.promise("B6")
 @pytest.mark.parametrize("entry", entries())
 def test_memory_comes_back(entry: str) -> None:
     call = entries()[entry]
@@ -25,44 +28,20 @@ def test_memory_comes_back(entry: str) -> None:
     gc.collect()
     _core.trim()
     live = _core.live_bytes()
-    for _ in range(20):
+    for _ in range(8):
         call()
     _core.trim()
     assert _core.live_bytes() == live
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.promise("B5")
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.nightly), 3])
 @pytest.mark.parametrize("entry", entries())
 @pytest.mark.usefixtures("no_failures")
-def test_each_allocation_may_fail(entry: str, threads: int) -> None:
+def test_each_allocation_may_fail(entry: str, count: int) -> None:
     """The n-th allocation fails, for every n: MemoryError, nothing lost, the next call works."""
-    call = entries()[entry]
-    before = _core.num_threads()
-    _core.set_num_threads(threads)
-    try:
-        call()
-        gc.collect()
-        _core.trim()
-        live, failures = _core.live_bytes(), 0
-        for nth in range(1, 2000):
-            _core.fail_set(nth)
-            try:
-                call()
-                _core.fail_set(0)
-                break
-            except MemoryError as error:
-                assert isinstance(error, _core.OutOfMemory) and str(error)
-                failures += 1
-            finally:
-                _core.fail_set(0)
-                _core.trim()
-            assert _core.live_bytes() == live, f"allocation {nth}"
-        else:
-            pytest.fail("2000 allocations in one call")
-        assert failures >= 1
-        call()
-    finally:
-        _core.set_num_threads(before)
+    with threads(count):
+        assert fail_each(entries()[entry]) >= 1
 
 
 def test_poison_changes_no_bit() -> None:

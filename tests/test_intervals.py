@@ -290,3 +290,12 @@ def test_masks_of_documents_and_prefixes_are_read_as_intervals() -> None:
             assert not core.term_mask and core.n_maps <= 2, name
             got, want = (x.reshape(-1, 300, 300)[-1] for x in (plan.to_mask(), mask))
             np.testing.assert_array_equal(got, want)
+
+
+def test_a_batch_of_none() -> None:
+    """Intervals of no batch entry: rows without intervals, not rows of somebody else's memory."""
+    none = np.zeros((0, 130), np.int64)
+    plan = sa.Plan.from_intervals(none, none, 50)
+    assert plan.to_mask().shape == (0, 1, 130, 50)
+    core = _core.plan_from_intervals(none, none, 50, 0, 2)
+    assert _core.plan_from_arrays(core.arrays()).n_maps == 2  # which validates

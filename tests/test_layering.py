@@ -32,7 +32,10 @@ ROOMS = [
     ],
     ["variants"],
     ["integrations"],
-    ["use"],
+    [
+        *("use", "testing", "testing_subject"),
+        *("testing_spec", "testing_plan", "testing_numbers", "testing_arrays"),
+    ],
     ["models"],
     ["training", "evaluation", "plots"],
     ["experiments"],

@@ -25,7 +25,7 @@ WEIGHTS = {"gpt2": gpt2_weights, "llama": llama_weights}
 MODEL_SPECS = [s for s in SPECS if not s.arrays and not isinstance(s, sa.PerHead)]
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=list(CONFIGS))
 def family(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

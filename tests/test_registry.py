@@ -136,8 +136,16 @@ def test_selectors_are_said_to_read_keys(cls: type[Variant]) -> None:
 # ---- documentation that runs ---------------------------------------------------------------------
 
 
+class Finder(doctest.DocTestFinder):
+    """Looks through decorators, which are of another module."""
+
+    def _from_module(self, module: Any, object: Any) -> bool:
+        found: bool = super()._from_module(module, inspect.unwrap(object))  # type: ignore[misc]
+        return found
+
+
 def examples_of(thing: Any) -> list[doctest.DocTest]:
-    finder = doctest.DocTestFinder(recurse=inspect.isclass(thing))
+    finder = Finder(recurse=inspect.isclass(thing))
     module = importlib.import_module(thing.__module__)
     found = finder.find(thing, globs=dict(vars(module)), module=module)
     return [test for test in found if test.examples]

@@ -76,11 +76,8 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 64, 4096])
-def test_every_isa_selects_alike(count: int) -> None:
+def test_every_isa_selects_alike(count: int, isa: str) -> None:
     s = np.random.default_rng(0).standard_normal(30_000).astype(np.float32)
-    before, kept = _core.isa(), []
-    for isa in _core.isas():
-        _core.set_isa(isa)
-        kept.append(_core.select_largest(s, count))
-    _core.set_isa(before)
-    assert all(np.array_equal(kept[0], other) for other in kept[1:])
+    kept = _core.select_largest(s, count)
+    _core.set_isa("baseline")  # the fixture puts the machine's own back
+    assert np.array_equal(kept, _core.select_largest(s, count))

@@ -30,7 +30,7 @@
 #define SHOW(address, bytes) ((void)(address), (void)(bytes))
 #endif
 
-enum { FILL = 0xFF, FENCE = 0xFB, PIECES = 64 };
+enum { FILL = 0xFF, FENCE = 0xFB, PIECES = 64, SITES = 512 };
 
 #define LARGE ((size_t)4 << 20)
 #define HUGE_PAGE ((size_t)2 << 20)
@@ -45,6 +45,7 @@ _Static_assert(sizeof(block) <= SA_ALIGN, "a header fits into one line");
 
 static atomic_int_fast64_t live, peak, fail_in, breaches;
 static atomic_bool poison;
+static _Atomic(const char *) failed[SITES]; /* those that are there come first */
 
 static bool
 intact(const unsigned char *zone, size_t bytes)
@@ -63,12 +64,27 @@ count_breach(void)
     atomic_fetch_add_explicit(&breaches, 1, memory_order_relaxed);
 }
 
+static void
+note_failure(const char *site)
+{
+    for (int i = 0; i < SITES; i++) {
+        const char *there = NULL;
+        if (atomic_compare_exchange_strong(&failed[i], &there, site) || strcmp(there, site) == 0) {
+            return;
+        }
+    }
+}
+
 /* Counts down to the allocation that a test wants to fail. */
 static bool
-fails_now(void)
+fails_now(const char *site)
 {
-    return atomic_load_explicit(&fail_in, memory_order_relaxed) > 0 &&
-           atomic_fetch_sub(&fail_in, 1) == 1;
+    if (atomic_load_explicit(&fail_in, memory_order_relaxed) > 0 &&
+        atomic_fetch_sub(&fail_in, 1) == 1) {
+        note_failure(site);
+        return true;
+    }
+    return false;
 }
 
 static void
@@ -99,9 +115,9 @@ take_pages(size_t total)
 }
 
 void *
-sa_malloc(size_t bytes)
+sa_malloc_at(size_t bytes, const char *site)
 {
-    if (bytes > MAX_BYTES || fails_now()) {
+    if (bytes > MAX_BYTES || fails_now(site)) {
         return NULL;
     }
     const bool fenced = atomic_load_explicit(&poison, memory_order_relaxed);
@@ -153,10 +169,10 @@ sa_add(size_t a, size_t b, size_t *sum)
 }
 
 void *
-sa_malloc_array(size_t count, size_t size)
+sa_malloc_array_at(size_t count, size_t size, const char *site)
 {
     size_t bytes;
-    return sa_mul(count, size, &bytes) ? sa_malloc(bytes) : NULL;
+    return sa_mul(count, size, &bytes) ? sa_malloc_at(bytes, site) : NULL;
 }
 
 int64_t
@@ -193,6 +209,12 @@ void
 sa_fail_set(int64_t nth)
 {
     atomic_store(&fail_in, nth);
+}
+
+const char *
+sa_failed_site(int n)
+{
+    return n >= 0 && n < SITES ? atomic_load(&failed[n]) : NULL;
 }
 
 /* A red zone is SA_ALIGN bytes: FENCE bytes, then where the red zone before it ends. */
@@ -272,6 +294,13 @@ sa_arena_take(sa_arena *arena, size_t bytes)
         HIDE(piece + bytes, body - bytes);
     }
     return piece;
+}
+
+void *
+sa_arena_take_array(sa_arena *arena, size_t count, size_t size)
+{
+    size_t bytes;
+    return sa_mul(count, size, &bytes) ? sa_arena_take(arena, bytes) : NULL;
 }
 
 void

@@ -102,6 +102,13 @@ sa_scratch_reserve(sa_ctx *ctx, size_t bytes)
     return SA_OK;
 }
 
+sa_status
+sa_scratch_reserve_array(sa_ctx *ctx, size_t count, size_t size)
+{
+    size_t bytes;
+    return sa_scratch_reserve(ctx, sa_mul(count, size, &bytes) ? bytes : SIZE_MAX);
+}
+
 void
 sa_scratch_trim(void)
 {

@@ -34,6 +34,7 @@ void sa_ctx_release(sa_ctx *ctx);
  * pool thread's. A call that runs inline uses slot 0; nested in a task of the same ctx it uses that
  * task's slot, and may take from it. */
 sa_status sa_scratch_reserve(sa_ctx *ctx, size_t bytes);
+sa_status sa_scratch_reserve_array(sa_ctx *ctx, size_t count, size_t size);
 void sa_scratch_trim(void); /* frees kept scratch of unleased contexts */
 
 static inline sa_arena *

@@ -197,7 +197,9 @@ make_mark(void)
 #ifdef MADV_WIPEONFORK
     const size_t bytes = (size_t)sysconf(_SC_PAGESIZE);
     void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (page != MAP_FAILED && madvise(page, bytes, MADV_WIPEONFORK) == 0) {
+    /* User-mode emulators grant every advice and follow none: who grants -1 is not believed. */
+    if (page != MAP_FAILED && madvise(page, bytes, -1) != 0 &&
+        madvise(page, bytes, MADV_WIPEONFORK) == 0) {
         atomic_store((atomic_int *)page, 1);
         atomic_store(&mark, (atomic_int *)page);
     }

@@ -190,7 +190,7 @@ tile_block(sa_ctx *ctx, const gemm_job *job, block c, sa_arena *scratch)
 {
     const sa_gemm_args *const g = job->g;
     const int w = job->tile->strip_max;
-    char *const panels = sa_arena_take(scratch, tile_scratch(job->tile) * job->size);
+    char *const panels = sa_arena_take_array(scratch, tile_scratch(job->tile), job->size);
     char *const wide = panels + (size_t)COLUMNS * DEPTH * job->size;
     char *const edge = wide + (size_t)w * DEPTH * job->size;
     start_block(job, c);
@@ -342,7 +342,7 @@ sa_gemm(sa_ctx *ctx, const sa_gemm_args *args)
     job.blas = blas_takes(&g) ? sa_blas_get() : NULL;
     (is_thin(&g) ? cut_thin : cut)(&job);
     const sa_status status =
-        sa_scratch_reserve(ctx, job.blas != NULL ? 0 : tile_scratch(job.tile) * job.size);
+        sa_scratch_reserve_array(ctx, job.blas != NULL ? 0 : tile_scratch(job.tile), job.size);
     if (status != SA_OK) {
         return status;
     }

@@ -1,5 +1,7 @@
 /* plan_intervals.c - a plan of one interval of keys a row: packed documents, prefix-LM by batch
  * entry, ragged anything, without n_q x n_k memory. */
+#include <string.h>
+
 #include "engine/plan_parts.h"
 
 enum { ROWS = 64 };
@@ -42,12 +44,17 @@ emit(const sa_plan_task *task, sa_spans *spans)
     return status;
 }
 
-/* A checked copy. */
+/* A checked copy; of no intervals, which a batch of none may have, rows that see nothing. */
 static sa_status
-copy(sa_ctx *ctx, const sa_problem *p, const int64_t *lo, const int64_t *hi, sa_sight *sight)
+copy(sa_ctx *ctx, const sa_problem *p, int64_t maps, const int64_t *lo, const int64_t *hi,
+     sa_sight *sight)
 {
-    for (int64_t x = 0; x < sight->maps * p->n_q; x++) {
-        const int64_t from = lo[x], to = hi[x];
+    memset(sight->lo, 0, (size_t)(sight->maps * p->n_q) * sizeof *sight->lo);
+    memset(sight->hi, 0, (size_t)(sight->maps * p->n_q) * sizeof *sight->hi);
+    for (int64_t x = 0; x < maps * p->n_q; x++) {
+        /* read once: the arrays are the caller's, and another thread of theirs may write them */
+        const int64_t from = __atomic_load_n(&lo[x], __ATOMIC_RELAXED),
+                      to = __atomic_load_n(&hi[x], __ATOMIC_RELAXED);
         if (from < 0 || from > to || to > p->n_k) {
             return sa_fail(ctx, SA_EINVAL,
                            "row %lld of batch entry %lld has lo = %lld and hi = %lld; give "
@@ -55,8 +62,10 @@ copy(sa_ctx *ctx, const sa_problem *p, const int64_t *lo, const int64_t *hi, sa_
                            (long long)(x % p->n_q), (long long)(x / p->n_q), (long long)from,
                            (long long)to, (long long)p->n_k);
         }
-        sight->lo[x] = from < to ? (int32_t)from : 0;
-        sight->hi[x] = from < to ? (int32_t)to : 0;
+        if (from < to) {
+            sight->lo[x] = (int32_t)from;
+            sight->hi[x] = (int32_t)to;
+        }
     }
     return SA_OK;
 }
@@ -66,7 +75,7 @@ sa_plan_from_intervals(sa_ctx *ctx, const sa_problem *p, int64_t maps, const int
                        const int64_t *hi, sa_plan **plan)
 {
     static const sa_planner intervals = {.name = "intervals", .rows_per_block = ROWS, .emit = emit};
-    sa_sight sight = {.maps = maps};
+    sa_sight sight = {.maps = SA_MAX(maps, 1)};
     *plan = NULL;
     sa_status status = sa_problem_sizes_check(ctx, p);
     if (status == SA_OK && maps != 1 && maps != p->batch) {
@@ -78,13 +87,14 @@ sa_plan_from_intervals(sa_ctx *ctx, const sa_problem *p, int64_t maps, const int
     if (status != SA_OK) {
         return status;
     }
-    sight.lo = sa_malloc_array((size_t)(maps * p->n_q), sizeof *sight.lo);
-    sight.hi = sa_malloc_array((size_t)(maps * p->n_q), sizeof *sight.hi);
+    const int64_t rows = sight.maps * p->n_q;
+    sight.lo = sa_malloc_array((size_t)rows, sizeof *sight.lo);
+    sight.hi = sa_malloc_array((size_t)rows, sizeof *sight.hi);
     if (sight.lo == NULL || sight.hi == NULL) {
-        status = sa_fail(ctx, SA_ENOMEM, "no memory for the intervals of %lld rows",
-                         (long long)(maps * p->n_q));
+        status =
+            sa_fail(ctx, SA_ENOMEM, "no memory for the intervals of %lld rows", (long long)rows);
     }
-    status = status ? status : copy(ctx, p, lo, hi, &sight);
+    status = status ? status : copy(ctx, p, maps, lo, hi, &sight);
     status = status ? status : sa_plan_build_under(ctx, p, &intervals, NULL, &sight, plan);
     sa_sight_free(&sight);
     return status;

@@ -81,6 +81,9 @@ fill_rows(const packing *job, int64_t s)
 {
     const sa_plan *const from = job->plans[s];
     sa_plan *const to = job->plan;
+    if (from->n_q == 0) { /* of however many batch entries */
+        return;
+    }
     for (int64_t m = 0; m < to->see_maps; m++) {
         const int64_t x = from->see_maps > 1 ? m * from->n_q : 0, y = m * to->n_q + job->row[s];
         for (int64_t i = 0; i < from->n_q; i++) {

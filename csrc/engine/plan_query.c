@@ -128,7 +128,8 @@ count_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
     *part = (sa_plan_counts){0};
     if (c->group_heads > 1) {
         sa_arena_reset(sa_scratch(ctx, worker));
-        bits = sa_arena_take(sa_scratch(ctx, worker), (size_t)(c->p->n_k / 64 + 1) * sizeof *bits);
+        bits = sa_arena_take_array(sa_scratch(ctx, worker), (size_t)(c->p->n_k / 64 + 1),
+                                   sizeof *bits);
         if (bits == NULL) {
             return sa_fail(ctx, SA_EINTERNAL, "count: the scratch reserved is too small");
         }
@@ -160,7 +161,7 @@ run_count(sa_ctx *ctx, counting *c, sa_plan_counts *sum)
     }
     sa_status status = SA_OK;
     if (c->group_heads > 1) {
-        status = sa_scratch_reserve(ctx, (size_t)(c->p->n_k / 64 + 1) * sizeof(uint64_t));
+        status = sa_scratch_reserve_array(ctx, (size_t)(c->p->n_k / 64 + 1), sizeof(uint64_t));
     }
     status = status ? status : sa_parallel(ctx, n_tasks, count_task, c);
     for (int64_t t = 0; status == SA_OK && t < n_tasks; t++) {

@@ -221,7 +221,14 @@ check_sink(sa_ctx *ctx, const sa_problem *p)
     if (v.dtype != sa_real_of(p->q.dtype)) {
         return sa_fail(ctx, SA_ETYPE, "sink must be %s; convert it first", real_words(p));
     }
-    return check_size(ctx, "sink", v, 1, p->heads, "the number of heads of q");
+    sa_status status = check_size(ctx, "sink", v, 0, 1, "as one serves all of the batch");
+    status = status ? status : check_size(ctx, "sink", v, 1, p->heads, "the number of heads of q");
+    status = status ? status : check_size(ctx, "sink", v, 2, 1, "as one serves all rows");
+    status = status ? status : check_size(ctx, "sink", v, 3, 1, "as it is one number a head");
+    if (status == SA_OK && !spans_memory(v)) {
+        status = sa_fail(ctx, SA_EINVAL, "the strides of sink reach further than memory can");
+    }
+    return status;
 }
 
 static sa_status
@@ -245,9 +252,26 @@ check_options(sa_ctx *ctx, const sa_problem *p)
     return SA_OK;
 }
 
+/* Strides that are never taken may be any number: they become those of one row, so that stride
+ * times itemsize is safe wherever there is more than one. */
+static void
+settle_strides(sa_view *v)
+{
+    const bool empty = v->size[0] == 0 || v->size[1] == 0 || v->size[2] == 0 || v->size[3] == 0;
+    for (int a = 0; a < 4; a++) {
+        if (empty || v->size[a] == 1) {
+            v->stride[a] = a == 3;
+        }
+    }
+}
+
 sa_status
 sa_problem_check(sa_ctx *ctx, sa_problem *p)
 {
+    sa_view *const views[] = {&p->q, &p->k, &p->v, &p->mask, &p->bias, &p->key_mask, &p->sink};
+    for (size_t x = 0; x < sizeof views / sizeof *views; x++) {
+        settle_strides(views[x]);
+    }
     p->batch = p->q.size[0];
     p->heads = p->q.size[1];
     p->n_q = p->q.size[2];

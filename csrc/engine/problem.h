@@ -29,8 +29,8 @@ typedef struct {
     int64_t batch, heads, kv_heads, n_q, n_k, dim, dim_v;
 } sa_problem;
 
-/* Fills the sizes and refuses what does not fit, naming the argument and the value. v.data may be
- * NULL (planning needs no values). */
+/* Fills the sizes, clears strides that are never taken, and refuses what does not fit, naming the
+ * argument and the value. v.data may be NULL (planning needs no values). */
 sa_status sa_problem_check(sa_ctx *ctx, sa_problem *p);
 /* Of that, only the sizes of a plan: batch, heads, kv_heads, n_q, n_k as they stand in p. */
 sa_status sa_problem_sizes_check(sa_ctx *ctx, const sa_problem *p);

@@ -128,9 +128,10 @@ sa_score_rows(sa_ctx *ctx, int worker, const sa_problem *p, int64_t b, int64_t h
     sa_arena *const arena = sa_scratch(ctx, worker);
     const size_t mark = arena->used, bytes = (size_t)tile->real_bytes;
     const int64_t room = SA_MAX(p->dim * tile->strip_max, n * (int64_t)SA_TILE_KEYS);
-    void *const q = sa_arena_take(arena, (size_t)(n * p->dim) * bytes);
-    void *const turned = sa_arena_take(arena, (size_t)room * bytes);
-    void *const terms = sa_arena_take(arena, TERM_KEYS * bytes);
+    const int64_t query = n * p->dim; /* a tile of rows, at most 4096 wide */
+    void *const q = sa_arena_take_array(arena, (size_t)query, bytes);
+    void *const turned = sa_arena_take_array(arena, (size_t)room, bytes);
+    void *const terms = sa_arena_take_array(arena, TERM_KEYS, bytes);
     int32_t *const keys = sa_arena_take(arena, TERM_KEYS * sizeof(int32_t));
     if (q == NULL || turned == NULL || terms == NULL || keys == NULL) {
         arena->used = mark;

@@ -89,10 +89,10 @@ sa_select_quick_f32(const float *s, int64_t n, int64_t count, int32_t *index, vo
     for (int64_t i = 0; i < n; i++) {
         equal -= s[i] > level;
     }
-    for (int64_t i = 0; kept < count; i++) {
+    for (int64_t i = 0; kept < count && i < n; i++) {
         if (s[i] > level || (s[i] == level && equal-- > 0)) {
             index[kept++] = (int32_t)i;
         }
     }
-    return count;
+    return kept;
 }

@@ -121,10 +121,10 @@ NAME(sa_select_largest)(const REAL *s, int64_t n, int64_t count, int32_t *index,
     int64_t found;
     if (n >= SAMPLE_FROM && count <= n / 4) {
         found = NAME(survivors)(tile, s, n, count, sample, among, &low);
-    } else if (tile->count_ge(s, n, (double)LOWEST) <= count) {
-        return tile->compress_ge(s, n, (double)LOWEST, index);
     } else {
-        low = NAME(level_of)(tile, s, n, count, LOWEST);
+        const bool all = tile->count_ge(s, n, (double)LOWEST) <= count;
+        low = all ? LOWEST : NAME(level_of)(tile, s, n, count, LOWEST);
+        /* not to index, which has no room for what another thread may write to s meanwhile */
         found = tile->compress_ge(s, n, (double)low, among);
     }
     if (found > count) {

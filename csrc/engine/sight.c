@@ -126,7 +126,8 @@ key_run(const sa_problem *p, int64_t b, int64_t *lo, int64_t *hi, bool *holes)
     *hi = sa_bits_next(keys, false, *lo, end);
     if (sa_bits_next(keys, true, *hi, end) < end) {
         *holes = true;
-        while (sa_bits_next(keys, true, end - 1, end) == end) {
+        /* *hi bounds the way back: another thread of the caller's may have cleared that last key */
+        while (end > *hi && sa_bits_next(keys, true, end - 1, end) == end) {
             end--;
         }
         *hi = end;
@@ -247,12 +248,14 @@ sa_sight_make(sa_ctx *ctx, const sa_problem *p, sa_sight *sight)
             sight->maps = p->batch;
         }
     }
-    sight->lo = sa_malloc_array((size_t)(sight->maps * p->n_q), sizeof *sight->lo);
-    sight->hi = sa_malloc_array((size_t)(sight->maps * p->n_q), sizeof *sight->hi);
+    const int64_t rows =
+        sight->maps * p->n_q; /* no more than the batch's, which have been found to fit */
+    sight->lo = sa_malloc_array((size_t)rows, sizeof *sight->lo);
+    sight->hi = sa_malloc_array((size_t)rows, sizeof *sight->hi);
     if (sight->lo == NULL || sight->hi == NULL) {
         sa_sight_free(sight);
         return sa_fail(ctx, SA_ENOMEM, "no memory for the visible intervals of %lld rows",
-                       (long long)(sight->maps * p->n_q));
+                       (long long)rows);
     }
     fill_rows(p, sight);
     const sa_status status = narrow(ctx, p, sight);

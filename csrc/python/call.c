@@ -349,7 +349,7 @@ py_merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
                         "outs and lses must be tuples of one length, with at least one entry");
         goto done;
     }
-    views = sa_malloc_array((size_t)n * 2, sizeof(sa_view));
+    views = sa_malloc_array((size_t)n, 2 * sizeof(sa_view));
     if (!views) {
         py_call_status(&call, SA_ENOMEM);
         goto done;

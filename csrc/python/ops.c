@@ -367,7 +367,7 @@ py_nll(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     }
     npy_intp rows = (npy_intp)logits.size[2];
     nll = PyArray_SimpleNew(1, &rows, NPY_DOUBLE);
-    best = PyArray_SimpleNew(1, &rows, NPY_INT32);
+    best = nll ? PyArray_SimpleNew(1, &rows, NPY_INT32) : NULL;
     if (nll == NULL || best == NULL) {
         goto done;
     }

@@ -185,6 +185,33 @@ py_fail_set(PyObject *module, PyObject *object)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(failed_sites_doc,
+             "failed_sites()\n--\n\nPlaces in the sources that fail_set has let fail, ever.");
+
+static PyObject *
+py_failed_sites(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    PyObject *list = PyList_New(0);
+
+    for (int i = 0; list && sa_failed_site(i); i++) {
+        PyObject *site = PyUnicode_FromString(sa_failed_site(i));
+        if (!site || PyList_Append(list, site) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(site);
+    }
+    return list;
+}
+
+PyDoc_STRVAR(breaches_doc, "breaches()\n--\n\n"
+                           "Writes past the end of memory, seen since poison was on; for tests.");
+
+static PyObject *
+py_breaches(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromLongLong(sa_breaches());
+}
+
 PyDoc_STRVAR(trim_doc, "trim()\n--\n\nFree the scratch memory kept between calls.");
 
 static PyObject *
@@ -208,6 +235,8 @@ PyMethodDef py_runtime_methods[] = {
     {"peak_reset", py_peak_reset, METH_NOARGS, peak_reset_doc},
     {"poison", py_poison, METH_O, poison_doc},
     {"fail_set", py_fail_set, METH_O, fail_set_doc},
+    {"failed_sites", py_failed_sites, METH_NOARGS, failed_sites_doc},
+    {"breaches", py_breaches, METH_NOARGS, breaches_doc},
     {"trim", py_trim, METH_NOARGS, trim_doc},
     {NULL, NULL, 0, NULL},
 };

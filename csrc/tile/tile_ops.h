@@ -9,6 +9,7 @@
 
 typedef double vwide __attribute__((vector_size(SA_VBYTES)));
 typedef int64_t wint __attribute__((vector_size(SA_VBYTES)));
+typedef uint64_t wbits __attribute__((vector_size(SA_VBYTES))); /* overflow is defined */
 typedef real vpart __attribute__((vector_size(SA_VBYTES / 8 * sizeof(real))));
 typedef real vpart_u
     __attribute__((vector_size(SA_VBYTES / 8 * sizeof(real)), aligned(sizeof(real)), may_alias));
@@ -99,7 +100,7 @@ wexp(vwide x, const int terms)
     for (int i = terms - 2; i >= 0; i--) {
         p = p * r + wset(over_factorial[i]);
     }
-    p *= (vwide)(((wint)t << 52) + 0x3FF0000000000000);
+    p *= (vwide)(((wbits)t << 52) + 0x3FF0000000000000);
     p = wselect(x > wset(709), wset(INFINITY), p);
     return wselect(x < wset(-708), wset(0), p);
 }

@@ -73,11 +73,15 @@ vload_half(const uint16_t *p, const sa_dtype dtype)
     if (dtype == SA_BF16) {
         return (vreal)(__builtin_convertvector(*(const vhalf_u *)p, vbits) << 16);
     }
+#if defined(SA_HAVE_NEON)
+    return (vreal)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
     real lane[LANES];
     for (int i = 0; i < LANES; i++) {
         lane[i] = sa_f16_to_f32(p[i]);
     }
     return vload(lane);
+#endif
 #endif
 }
 
@@ -96,6 +100,8 @@ vstore_half(uint16_t *p, const sa_dtype dtype, vreal a)
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(SA_HAVE_AVX2)
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(SA_HAVE_NEON)
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)a)));
 #else
     for (int i = 0; i < LANES; i++) {
         p[i] = sa_f32_to_f16(a[i]);
@@ -146,6 +152,8 @@ vany(vint mask)
     return _mm512_movepi32_mask((__m512i)mask) != 0;
 #elif defined(SA_HAVE_AVX2)
     return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(SA_HAVE_NEON)
+    return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
     sint any = 0;
     for (int i = 0; i < LANES; i++) {

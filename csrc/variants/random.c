@@ -117,9 +117,9 @@ emit(const sa_plan_task *t, sa_spans *spans)
     const int64_t n_k = t->problem->n_k;
     const bool masked = t->sight->mask || t->sight->key_mask;
     sa_arena *const arena = sa_scratch(t->ctx, t->worker);
-    int32_t *const visible = sa_arena_take(arena, (size_t)n_k * sizeof *visible);
-    int32_t *const drawn = sa_arena_take(arena, (size_t)n_k * sizeof *drawn);
-    key_set set = {.bits = sa_arena_take(arena, set_words(n_k) * sizeof *set.bits),
+    int32_t *const visible = sa_arena_take_array(arena, (size_t)n_k, sizeof *visible);
+    int32_t *const drawn = sa_arena_take_array(arena, (size_t)n_k, sizeof *drawn);
+    key_set set = {.bits = sa_arena_take_array(arena, set_words(n_k), sizeof *set.bits),
                    .n_words = n_k / 4096 + 1};
     sa_status status = SA_OK;
     if (visible == NULL || drawn == NULL || set.bits == NULL) {

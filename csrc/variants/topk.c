@@ -52,9 +52,10 @@ emit(const sa_plan_task *t, sa_spans *spans)
     const size_t real = sa_real_size(p->q.dtype);
     const int64_t step = rows_at_once(p, real), kept = SA_MIN(o->k, p->n_k);
     sa_arena *const arena = sa_scratch(t->ctx, t->worker);
-    char *const scores = sa_arena_take(arena, (size_t)(step * p->n_k) * real);
+    const int64_t scored = step * p->n_k; /* of MAX_ROWS rows at most */
+    char *const scores = sa_arena_take_array(arena, (size_t)scored, real);
     void *const among = sa_arena_take(arena, sa_select_scratch(p->n_k, kept));
-    int32_t *const best = sa_arena_take(arena, (size_t)kept * sizeof *best);
+    int32_t *const best = sa_arena_take_array(arena, (size_t)kept, sizeof *best);
     sa_status status = SA_OK;
     if (scores == NULL || among == NULL || best == NULL) {
         return sa_fail(t->ctx, SA_EINTERNAL, "topk: the scratch reserved is too small");

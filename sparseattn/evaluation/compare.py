@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseattn.errors import SparseAttnError
+from sparseattn.errors import SparseAttnError, door
 from sparseattn.evaluation.cost import (
     LENGTHS,
     PEAK_LENGTH,
@@ -29,6 +29,7 @@ from sparseattn.evaluation.job import (
 from sparseattn.evaluation.report import Comparison, build_report
 from sparseattn.evaluation.results import Records
 from sparseattn.evaluation.rows import DENSE, given_rows, matched_rows, parse_attention
+from sparseattn.evaluation.tasks import TASKS
 from sparseattn.evaluation.token_cost import DECODE_SHARE, DecodeTimer, decode_lengths
 from sparseattn.evaluation.trust import missing_packages, reference_difference
 from sparseattn.progress import Bar
@@ -38,6 +39,7 @@ from sparseattn.variants import Variant
 __all__ = ["Comparison", "CompareJob", "compare"]
 
 DEFAULT = ("dense", "window:64", "topk:16")
+BOTH_WAYS = ("dense", "window:window_size=32/32", "topk:16")  # the default of an encoder
 REFERENCE_TOKENS = 128
 LENGTH, DECODE = "length", "decode"  # what records of timing begin with
 
@@ -62,6 +64,7 @@ class Options:
     progress: bool | None = None
 
 
+@door
 def compare(
     model: Any = None,
     text: Any = None,
@@ -86,12 +89,14 @@ def compare(
     Parameters
     ----------
     model : path, Model or None
-        A Hugging Face folder (GPT-2 or LLaMA), a loaded model, or None for the embedded one.
+        A Hugging Face folder, a loaded model, or None for the embedded one. An encoder is scored by
+        the loss of masked tokens, or without a head for it by its embeddings' cosine to dense's.
     text : path, str, sequence of int or None
         A UTF-8 file, the text itself (if it holds a line break), token ids, or None for the
         default text.
     attention : spec or sequence of specs
-        Dense is always among the rows: all others are compared with it.
+        Dense is always among the rows: all others are compared with it. An encoder's default window
+        is of 32 keys on either side.
     tokens : int or None
         At most so many tokens of the text; None takes all.
     seeds : int
@@ -106,7 +111,8 @@ def compare(
     budgets : float or sequence of float
         Adds rows that keep these shares of the visible pairs, and their two bounds.
     max_kl : float
-        In nats per token: what the recommended spec may differ from dense.
+        In nats per token: what the recommended spec may differ from dense; of embeddings, by how
+        much their cosine may fall below 1.
     time_budget : float
         Seconds for all timing; 0 leaves the timing out.
     seed : int
@@ -183,8 +189,12 @@ class CompareJob:
             random_weights=options.random_weights,
             tokenizer=options.tokenizer,
             progress=options.progress,
+            both_ways=parse_attention(BOTH_WAYS) if options.attention is DEFAULT else None,
         )
-        self.rows = [*given_rows(specs), *matched_rows(specs, budgets, self.job.context)]
+        specs, self.task = list(self.job.specs), TASKS[self.job.task]
+        self.causal = self.job.task == "next"
+        matched = matched_rows(specs, budgets, self.job.context, self.causal)
+        self.rows = [*given_rows(specs), *matched]
         self.shape = head_shape(self.job.model.config)
         self.timed = self.budget > 0 and len(self.lengths) > 0
         self.peak_length = min(PEAK_LENGTH, max(self.lengths, default=PEAK_LENGTH))
@@ -223,6 +233,7 @@ class CompareJob:
         """Return what is finished."""
         setup = {
             "budget": self.budget,
+            "causal": self.causal,
             **asdict(self.shape),
             "peak_length": self.peak_length,
         }
@@ -267,8 +278,10 @@ class CompareJob:
         if job.records.get("reference") is not None:
             return
         ids = job.text.ids[: min(job.context, REFERENCE_TOKENS)]
-        hidden = job.model.hidden(ids[None], attention=DENSE)[0]
-        found = reference_difference(self._checkpoint(), ids, job.model.head(hidden))
+        ours = job.model.hidden(ids[None], attention=DENSE)[0]
+        if self.task.compared == "logit":
+            ours = job.model.head(ours)
+        found = reference_difference(self._checkpoint(), ids, ours, self.task.reference)
         job.records.add("reference", found)
 
     def _checkpoint(self) -> Path | None:
@@ -288,7 +301,9 @@ class CompareJob:
                 continue
             record: dict[str, Any] = {}
             try:
-                record["bytes"] = peak_bytes(spec, self.shape, self.peak_length, self.job.seed)
+                record["bytes"] = peak_bytes(
+                    spec, self.shape, self.peak_length, self.job.seed, self.causal
+                )
             except SparseAttnError as error:
                 record["reason"] = str(error)
             self.job.records.add(key, record)
@@ -296,7 +311,8 @@ class CompareJob:
     def _time(self) -> None:
         """Time decoding, then whole sequences with what it leaves of the budget."""
         with open_progress(self.budget, "timing", "s", self.options.progress) as bar:
-            self._run(DecodeTimer, DECODE, self.budget * DECODE_SHARE, bar)
+            if self.causal:
+                self._run(DecodeTimer, DECODE, self.budget * DECODE_SHARE, bar)
             spent = sum(timing.spent for timing in self.timings(DECODE))
             self._run(Timer, LENGTH, self.budget - spent, bar)
 
@@ -308,6 +324,7 @@ class CompareJob:
             budget,
             seed=self.job.seed,
             done=self.timings(key),
+            causal=self.causal,
         )
         for timing in timer.run():
             self.job.records.add(f"{key}|{timing.length}", timing.to_dict())

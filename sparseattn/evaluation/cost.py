@@ -143,6 +143,8 @@ class Timer:
         Seconds for all lengths together.
     done : list of LengthTiming
         Lengths measured by an earlier run that was interrupted.
+    causal : bool
+        False where queries see keys on both sides.
     """
 
     growth = GROWTH
@@ -157,8 +159,10 @@ class Timer:
         seed: int = 0,
         done: Sequence[LengthTiming] = (),
         attend: Callable[..., Any] = attention,
+        causal: bool = True,
     ) -> None:
         self.specs, self.shape, self.seed, self.attend = specs, shape, seed, attend
+        self.causal = causal
         self.lengths = tuple(lengths)
         self.done = list(done)
         self.probed: dict[str, tuple[int, float]] = {}
@@ -225,12 +229,11 @@ class Timer:
                 self.refused[name] = str(error)
 
     def calls(self, shape: HeadShape, length: int, names: list[str]) -> dict[str, Call]:
-        """What is timed, by name: one causal call over the whole length."""
+        """What is timed, by name: one call over the whole length."""
         q, k, v = random_heads(shape, length, self.seed)
         out = np.empty_like(q)
-        return {
-            n: partial(self.attend, q, k, v, self.specs[n], causal=True, out=out) for n in names
-        }
+        call = partial(self.attend, q, k, v, causal=self.causal, out=out)
+        return {n: partial(call, spec=self.specs[n]) for n in names}
 
     def _affordable(self, cost: dict[str, float], limit: float, result: LengthTiming) -> list[str]:
         """Names that fit on one key/value head; the dearest are left out first, dense last."""
@@ -276,14 +279,16 @@ class Timer:
         result.seconds = seconds
 
 
-def peak_bytes(spec: Variant, shape: HeadShape, length: int, seed: int = 0) -> int:
-    """Return the bytes that one causal call takes beyond its inputs and its output."""
+def peak_bytes(
+    spec: Variant, shape: HeadShape, length: int, seed: int = 0, causal: bool = True
+) -> int:
+    """Return the bytes that one call takes beyond its inputs and its output."""
     q, k, v = random_heads(shape, length, seed)
     out = np.empty_like(q)
     _core.trim()  # scratch that earlier calls left would hide what this one needs
     before = _core.live_bytes()
     _core.peak_reset()
-    attention(q, k, v, spec, causal=True, out=out)
+    attention(q, k, v, spec, causal=causal, out=out)
     return int(_core.peak_bytes() - before)
 
 

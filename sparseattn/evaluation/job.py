@@ -13,9 +13,11 @@ import numpy as np
 
 from sparseattn.errors import ArgumentError
 from sparseattn.evaluation.cost import Counter
+from sparseattn.evaluation.encoders import make_scorer, read_around
 from sparseattn.evaluation.results import Records, check_writable
 from sparseattn.evaluation.rows import DENSE, check_specs, is_random, seeded
-from sparseattn.evaluation.scores import BlockScore, LanguageModel, Scorer
+from sparseattn.evaluation.scores import BlockScore, LanguageModel
+from sparseattn.evaluation.tasks import task_of
 from sparseattn.evaluation.text import Block, Text, cut_blocks, load_text, require_length
 from sparseattn.evaluation.trust import environment
 from sparseattn.progress import Bar, progress
@@ -32,6 +34,8 @@ class Job:
 
     Attributes
     ----------
+    specs : sequence of Variant
+        What was asked for.
     records : Records
         Finished blocks; those that an interrupted run has left are not computed again.
     """
@@ -44,11 +48,17 @@ class Job:
     seed: int
     environment: dict[str, Any]
     progress: bool | None = None
+    specs: Sequence[Variant] = ()
 
     def __post_init__(self) -> None:
         self.records = Records(None, "", {})
         self.blocks = cut_blocks(len(self.text.ids), self.context, self.stride)
-        self.scorer = Scorer(self.model, self.text.ids, self.context, DENSE)
+        self.scorer = make_scorer(self.model, self.text.ids, self.context, DENSE, self.seed)
+
+    @property
+    def task(self) -> str:
+        """What the model is scored by: a name in `tasks.TASKS`."""
+        return task_of(self.model.config)
 
     def open(self, folder: Path | None, verb: str, settings: Mapping[str, Any]) -> Records:
         """Keep records in `folder` from now on, and take up those of an interrupted run."""
@@ -110,6 +120,7 @@ class Job:
         config = self.model.config
         return {
             "model": self.name,
+            "task": self.task,
             "family": config.family,
             "layers": config.n_layers,
             "heads": config.n_heads,
@@ -121,7 +132,7 @@ class Job:
             "text_sha256": self.text.sha256,
             "tokens": len(self.text.ids),
             "documents": self.text.documents,
-            "predictions": sum(block.targets for block in self.blocks),
+            "predictions": sum(self.scorer.targets(block) for block in self.blocks),
             "context": self.context,
             "stride": self.stride,
             "blocks": len(self.blocks),
@@ -140,21 +151,37 @@ def prepare(
     random_weights: int | None,
     tokenizer: str | os.PathLike[str] | None,
     progress: bool | None,
+    both_ways: Sequence[Variant] | None = None,
 ) -> Job:
-    """Load model and text, and check everything that can be checked before any work."""
+    """Load model and text, and check everything that can be checked before any work.
+
+    `both_ways` replaces `specs` where the model is an encoder.
+    """
     seed = checked_int("seed", seed, 0, 2**31)
     loaded, name = load_model(model, random_weights, tokenizer)
+    task = task_of(loaded.config)
+    specs = specs if both_ways is None or task == "next" else both_ways
     check_specs(specs, loaded.config)
-    limit = loaded.config.context
+    limit = longest_text(loaded, task)
     context = min(limit, MAX_CONTEXT) if context is None else context
     context = checked_int("context", context, 2, limit)
     stride = checked_int("stride", context if stride is None else stride, 1, context)
     if tokens is not None:
         checked_int("tokens", tokens, context + 2, 2**31 - 1)
-    content = load_text(text, loaded.tokenizer, tokens)
+    content = load_text(text, loaded.tokenizer, tokens, special=task == "next")
     require_length(content, context)
     check_ids(content, loaded.config.vocab_size)
-    return Job(loaded, name, content, context, stride, seed, environment(), progress)
+    return Job(loaded, name, content, context, stride, seed, environment(), progress, specs)
+
+
+def longest_text(model: Any, task: str) -> int:
+    """The most tokens that a block may have; an encoder reads more around them."""
+    limit: int = model.config.context
+    if task == "next":
+        return limit
+    if task == "embedding":
+        limit = min(limit, model.pooling.max_tokens or limit)
+    return max(limit - sum(map(len, read_around(model.tokenizer))), 1)
 
 
 def load_model(

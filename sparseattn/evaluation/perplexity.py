@@ -15,6 +15,7 @@ from sparseattn.evaluation.job import Job, output_folder, prepare
 from sparseattn.evaluation.rows import parse_attention, seeded
 from sparseattn.evaluation.stats import DRAWS, Interval, bootstrap_mean
 from sparseattn.evaluation.table import number, with_interval
+from sparseattn.evaluation.tasks import TASKS
 from sparseattn.variants import Variant
 
 __all__ = ["Perplexity", "perplexity"]
@@ -49,11 +50,12 @@ class Perplexity:
 
     def __repr__(self) -> str:
         e = self.evaluation
+        counted = TASKS[e["task"]].counted
         return (
             f"perplexity {number(self.value, 4)}, loss {with_interval(self.nll)} nats a token, "
             f"with {self.attention}\n"
             f"{e['model']} on {e['text']} (sha256 {e['text_sha256'][:12]})\n"
-            f"{e['predictions']:,} predictions in {e['blocks']} blocks of {e['context']}, stride "
+            f"{e['predictions']:,} {counted} in {e['blocks']} blocks of {e['context']}, stride "
             f"{e['stride']}; ± is half the 95 % interval, bootstrap over blocks, {DRAWS:,} draws"
         )
 
@@ -98,6 +100,11 @@ def perplexity(
         tokenizer=tokenizer,
         progress=progress,
     )
+    if not TASKS[job.task].perplexity:
+        raise ArgumentError(
+            f"{job.name} is an encoder without a masked-LM head, which has no perplexity: use "
+            "compare, which says how far its embeddings move"
+        )
     with job.open(folder, "eval", {"attention": str(specs[0])}) as records:
         result = _score(job, specs[0])
         records.write(".json", result.to_json())

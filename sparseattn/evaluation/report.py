@@ -29,6 +29,7 @@ from sparseattn.evaluation.table import (
     to_csv,
     with_interval,
 )
+from sparseattn.evaluation.tasks import TASKS, Task, distance
 from sparseattn.evaluation.token_cost import TOKENS
 
 __all__ = ["Comparison", "build_report"]
@@ -166,7 +167,7 @@ def build_report(
             "reference": without_id(job.records.get("reference")),
         },
     }
-    data["act"] = advice(finished, max_kl)
+    data["act"] = advice(finished, max_kl, TASKS[job.task])
     return data
 
 
@@ -178,23 +179,37 @@ def row_data(
     timings: Mapping[str, Sequence[LengthTiming]],
 ) -> dict[str, Any]:
     """Return one row; `scores` holds a list of blocks for each seed."""
-    is_dense = row.spec == DENSE
-
-    def table(name: str, of: Sequence[Sequence[BlockScore]] = scores) -> Any:
-        return np.array([[getattr(score, name) for score in blocks] for blocks in of], dtype=float)
-
-    def mean(sums: Any, weights: str) -> list[float | None]:
-        return plain(bootstrap_mean(sums, table(weights, [dense])[0], seed=job.seed))
-
+    quality = embedding_data if job.task == "embedding" else loss_data
     counts = {name: sum(s.counts[name] for b in scores for s in b) for name in scores[0][0].counts}
     rates = [score.tokens / score.seconds for blocks in scores for score in blocks]
-    nll = mean(table("nll"), "targets")
     return {
         "variant": row.name,
         "role": row.role,
         "budget": row.budget,
         "bound": row.bound,
         "seeds": len(scores),
+        **quality(scores, dense, row.spec == DENSE, job.seed),
+        "kept": counts["kept"] / counts["visible"],
+        "k_rows": counts["k_rows"] / counts["visible_rows"],
+        "v_rows": counts["v_rows"] / counts["visible_rows"],
+        "tokens_per_second": float(np.median(rates)),
+        **time_data(job, row, timings),
+    }
+
+
+def loss_data(
+    scores: list[list[BlockScore]], dense: list[BlockScore], is_dense: bool, seed: int
+) -> dict[str, Any]:
+    """Return the columns of losses, of the next token or of masked ones."""
+
+    def table(name: str, of: Sequence[Sequence[BlockScore]] = scores) -> Any:
+        return np.array([[getattr(score, name) for score in blocks] for blocks in of], dtype=float)
+
+    def mean(sums: Any, weights: str) -> list[float | None]:
+        return plain(bootstrap_mean(sums, table(weights, [dense])[0], seed=seed))
+
+    nll = mean(table("nll"), "targets")
+    return {
         "nll": nll,
         "perplexity": math.exp(min(nll[0] or 0.0, 700.0)),
         "dnll": [0.0] * 3 if is_dense else mean(table("nll") - table("nll", [dense]), "targets"),
@@ -203,11 +218,26 @@ def row_data(
         else mean(table("nll_tail") - table("nll_tail", [dense]), "tail"),
         "kl": [0.0] * 3 if is_dense else mean(table("kl"), "targets"),
         "top1": [1.0] * 3 if is_dense else mean(table("agree"), "targets"),
-        "kept": counts["kept"] / counts["visible"],
-        "k_rows": counts["k_rows"] / counts["visible_rows"],
-        "v_rows": counts["v_rows"] / counts["visible_rows"],
-        "tokens_per_second": float(np.median(rates)),
-        **time_data(job, row, timings),
+    }
+
+
+def embedding_data(
+    scores: list[list[BlockScore]], dense: list[BlockScore], is_dense: bool, seed: int
+) -> dict[str, Any]:
+    """Return the columns of embeddings: cosines to dense's."""
+    if is_dense:
+        return {"cosine": [1.0] * 3, "distance": [0.0] * 3, "cosine_tokens": [1.0] * 3}
+
+    def mean(name: str, weights: str) -> list[float | None]:
+        sums = [[getattr(score, name) for score in blocks] for blocks in scores]
+        return plain(bootstrap_mean(sums, [getattr(s, weights) for s in dense], seed=seed))
+
+    cosine = mean("cosine", "targets")
+    value, low, high = (None if x is None else 1.0 - x for x in cosine)
+    return {
+        "cosine": cosine,
+        "distance": [value, high, low],
+        "cosine_tokens": mean("cosine_tokens", "tokens"),
     }
 
 
@@ -259,23 +289,23 @@ def timing_data(timings: Sequence[LengthTiming]) -> list[dict[str, Any]]:
     ]
 
 
-def advice(rows: Sequence[dict[str, Any]], max_kl: float) -> dict[str, Any]:
-    """Return the cheapest spec whose KL to dense is at most `max_kl`, as code."""
+def advice(rows: Sequence[dict[str, Any]], max_kl: float, task: Task) -> dict[str, Any]:
+    """Return the cheapest spec whose distance to dense is at most `max_kl`, as code."""
     others = [r for r in rows if r["role"] in ("given", "matched") and r["variant"] != DENSE_NAME]
-    good = [r for r in others if (r["kl"][0] or 0.0) <= max_kl]
-    within = f"KL at most {max_kl:g} nats"
+    good = [r for r in others if (distance(r)[0] or 0.0) <= max_kl]
+    within = task.near.format(max_kl, 1 - max_kl)
     if not others:
         return {"max_kl": max_kl, "spec": None, "text": "nothing to choose: only dense is finished"}
     if not good:
-        near = min(others, key=lambda r: r["kl"][0])
+        near = min(others, key=lambda r: distance(r)[0] or 0.0)
         text = (
             f"no spec here has {within}; {near['variant']} comes nearest with "
-            f"{number(near['kl'][0])}: try larger ones, or a higher --max-kl"
+            f"{number(near[task.shown][0])}: try larger ones, or a higher --max-kl"
         )
         return {"max_kl": max_kl, "spec": None, "text": text}
     length = min((r["measured_to"] or 0 for r in good), default=0)
     best = min(good, key=lambda r: (ratio_at(r, length) or math.inf, r["k_rows"] + r["v_rows"]))
-    code = f'model(tokens, attention="{best["variant"]}")'
+    code = task.call.format(best["variant"])
     ratio = ratio_at(best, length)
     cost = f"keeps {percent(best['kept'])} %"
     if ratio is not None:
@@ -343,14 +373,19 @@ def heading(data: dict[str, Any]) -> list[str]:
     return [
         f"{e['model']} ({e['family']}, {e['layers']} layers, {heads} of {e['head_dim']}) "
         f"on {e['text']}",
-        f"{e['predictions']:,} predictions in {e['blocks']} blocks of {e['context']}, "
+        f"{e['predictions']:,} {task_in(data).counted} in {e['blocks']} blocks of {e['context']}, "
         f"stride {e['stride']}{documents}",
     ]
 
 
+def task_in(data: Mapping[str, Any]) -> Task:
+    """Return the task of a comparison; files of before there were several have none."""
+    return TASKS[data["evaluation"].get("task", "next")]
+
+
 def columns(data: dict[str, Any]) -> list[Column]:
     """Return all columns but the first."""
-    rows = data["rows"]
+    rows, task = data["rows"], task_in(data)
     found = []
     if any(row["budget"] for row in rows):
         found.append(Column("budget", [budget_word(row) for row in rows], "quality"))
@@ -358,15 +393,11 @@ def columns(data: dict[str, Any]) -> list[Column]:
     def add(head: str, cells: list[str], group: str) -> None:
         found.append(Column(head, cells, group))
 
-    for head, name, sign, scale in (
-        ("Δnll", "dnll", True, 1.0),
-        ("Δnll tail", "dnll_tail", True, 1.0),
-        ("KL", "kl", False, 1.0),
-        ("top-1 %", "top1", False, 100.0),
-    ):
+    for head, name, sign, scale in task.measures:
         cells = [with_interval(interval(r[name]), sign=sign, scale=scale) for r in rows]
         add(head, cells, "quality")
-    add("ppl", [number(r["perplexity"], 4) for r in rows], "quality")
+    if task.perplexity:
+        add("ppl", [number(r["perplexity"], 4) for r in rows], "quality")
     for head, name in (("kept %", "kept"), ("K %", "k_rows"), ("V %", "v_rows")):
         add(head, [percent(r[name]) for r in rows], "cost")
     add("tokens/s", [number(r["tokens_per_second"]) for r in rows], "cost")
@@ -423,14 +454,13 @@ def time_word(row: dict[str, Any], cell: dict[str, Any] | None) -> str:
 
 def legend(data: dict[str, Any]) -> list[str]:
     """Return what the columns mean, and what is not there."""
-    e = data["evaluation"]
+    e, task = data["evaluation"], task_in(data)
     seeds = f" and {e['seeds']} seeds where random" if e["seeds"] > 1 else ""
+    perplexity = f"ppl: {task.perplexity}. " if task.perplexity else ""
     lines = [
-        "Δnll: loss minus dense's on the same tokens, nats a token; tail: in the last quarter of a "
-        "block. KL: KL(dense || variant), nats a token. top-1: share of tokens with the same "
-        f"likeliest next one. ±: half the 95 % interval, bootstrap over {e['blocks']} blocks"
+        f"{task.legend} ±: half the 95 % interval, bootstrap over {e['blocks']} blocks"
         f"{seeds}, {e['draws']:,} draws.",
-        "ppl: perplexity. kept %: of the visible query-key pairs. K %, V %: key and value rows "
+        f"{perplexity}kept %: of the visible query-key pairs. K %, V %: key and value rows "
         "read, of the visible ones (union over a group of query heads). tokens/s: the whole model.",
     ]
     if any(row["budget"] for row in data["rows"]):
@@ -445,8 +475,9 @@ def legend(data: dict[str, Any]) -> list[str]:
 def timing_legend(timing: dict[str, Any]) -> list[str]:
     """Return how the timed columns came about, and what was left out."""
     lengths = " ".join(lengths_word(t["length"]) for t in timing["lengths"])
+    both = "causal attention" if timing.get("causal", True) else "attention both ways"
     lines = [
-        f"{lengths}: time of causal attention over dense's of the same run, a..b: its interval "
+        f"{lengths}: time of {both} over dense's of the same run, a..b: its interval "
         f"where wide (dense: its own time). Heads of {timing['dim']}: "
         f"{heads_words(timing['lengths'])}. wins from: the "
         "length from which the whole interval stays below 1. peak: extra memory of one call at "
@@ -503,7 +534,8 @@ def trust_lines(data: dict[str, Any]) -> list[str]:
     else:
         versions = ", ".join(f"{k} {v}" for k, v in reference["versions"].items())
         against = (
-            f"largest logit difference to transformers {reference['max_difference']:.1e} over "
+            f"largest {task_in(data).compared} difference to transformers "
+            f"{reference['max_difference']:.1e} over "
             f"{reference['tokens']} tokens ({versions})"
         )
     check = (trust["dense_checksum"] or "-")[:12]

@@ -54,7 +54,9 @@ def given_rows(specs: Sequence[Variant]) -> list[Row]:
     return [Row(DENSE, "baseline"), *(Row(spec) for spec in specs if spec != DENSE)]
 
 
-def matched_rows(specs: Sequence[Variant], budgets: Sequence[float], length: int) -> list[Row]:
+def matched_rows(
+    specs: Sequence[Variant], budgets: Sequence[float], length: int, causal: bool = True
+) -> list[Row]:
     """Return, for each budget, each family's spec that keeps this share, and the two bounds.
 
     Parameters
@@ -64,16 +66,18 @@ def matched_rows(specs: Sequence[Variant], budgets: Sequence[float], length: int
     budgets : sequence of float
         Shares of the visible pairs, between 0 and 1.
     length : int
-        Of a full block, causal.
+        Of a full block.
+    causal : bool
+        False where queries see keys on both sides.
     """
     rows = []
     for budget in budgets:
         if not 0 < budget < 1:
             raise ArgumentError(f"budgets must lie between 0 and 1 (0.1 keeps 10 %), got {budget}")
-        floor = match_share(RandomKeys(1), budget, length)
-        ceiling = match_share(TopK(1), budget, length)
+        floor = match_share(RandomKeys(1), budget, length, causal)
+        ceiling = match_share(TopK(1), budget, length, causal)
         bounds = {floor: "floor", ceiling: "ceiling"}
-        matched = dict.fromkeys(match_share(s, budget, length) for s in specs if sizable(s))
+        matched = dict.fromkeys(match_share(s, budget, length, causal) for s in specs if sizable(s))
         for spec in matched:
             rows.append(Row(spec, "matched", budget, bounds.get(spec, "")))
         rows += [Row(s, "bound", budget, b) for s, b in bounds.items() if s not in matched]
@@ -92,17 +96,17 @@ def sizable(spec: Variant) -> bool:
     )
 
 
-def match_share(spec: Variant, share: float, length: int) -> Variant:
+def match_share(spec: Variant, share: float, length: int, causal: bool = True) -> Variant:
     """Return `spec` resized to keep the share of visible pairs nearest to `share`."""
     low, high = 1, length
     while low < high:  # the smallest size that keeps at least the share
         middle = (low + high) // 2
-        if kept_share(resize(spec, middle), length) < share:
+        if kept_share(resize(spec, middle), length, causal) < share:
             low = middle + 1
         else:
             high = middle
     near = [resize(spec, size) for size in (low - 1, low) if size >= 1]
-    return min(near, key=lambda s: abs(kept_share(s, length) - share))
+    return min(near, key=lambda s: abs(kept_share(s, length, causal) - share))
 
 
 def resize(spec: Variant, size: int) -> Variant:
@@ -110,16 +114,18 @@ def resize(spec: Variant, size: int) -> Variant:
     if isinstance(spec, Window):
         if spec.size is not None:
             return dataclasses.replace(spec, size=size)
+        if spec.left == spec.right > 0:  # as wide on both sides
+            return dataclasses.replace(spec, window_size=(size // 2, (size - 1) // 2))
         return dataclasses.replace(spec, window_size=(size - 1, spec.right))
     if isinstance(spec, TopK | RandomKeys):
         return dataclasses.replace(spec, k=size)
     raise TypeError(f"{spec} has no size")
 
 
-def kept_share(spec: Variant, length: int) -> float:
-    """Return the share of visible pairs kept in a causal block; no score changes a count."""
+def kept_share(spec: Variant, length: int, causal: bool = True) -> float:
+    """Return the share of visible pairs kept in a block; no score changes a count."""
     x = np.zeros((1, 1, length, 8), dtype=np.float32)
-    return float(plan(x, x, spec, causal=True).kept_share)
+    return float(plan(x, x, spec, causal=causal).kept_share)
 
 
 def seeded(spec: Variant, offset: int) -> Variant:
@@ -148,4 +154,5 @@ def check_specs(specs: Iterable[Variant], config: Any) -> None:
     q = np.zeros((1, config.n_heads, 2, config.head_dim), dtype=np.float32)
     for spec in specs:
         for layer in range(config.n_layers):
-            plan(q, q[:, : config.n_kv_heads], spec.layer(layer), causal=True)
+            keys = q[:, : config.n_kv_heads]
+            plan(q, keys, spec.layer(layer), causal=getattr(config, "causal", True))

@@ -56,7 +56,10 @@ class LanguageModel(Protocol):
 
 @dataclass
 class BlockScore:
-    """Sums over the scored targets of one block; `tail` is the last quarter of the context."""
+    """Sums over the scored targets of one block; `tail` is the last quarter of the context.
+
+    Of embeddings, `cosine` to dense's; `cosine_tokens` is the sum over the block's `tokens`.
+    """
 
     targets: int = 0
     tail: int = 0
@@ -67,6 +70,8 @@ class BlockScore:
     seconds: float = 0.0
     tokens: int = 0
     sha256: str = ""
+    cosine: float = 0.0
+    cosine_tokens: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -87,9 +92,19 @@ class Scorer:
         self.model, self.ids, self.context, self.dense = model, ids, context, dense
         self._kept: dict[int, NDArray[np.float32]] = {}
 
+    def scored(self, block: Block) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Places of a block that are scored, and the ids that are true there."""
+        places = np.arange(block.first, block.end - block.begin)
+        return places, self.ids[block.begin + 1 + places]
+
+    def targets(self, block: Block) -> int:
+        """How many places are scored."""
+        return len(self.scored(block)[0])
+
     def block(self, block: Block, spec: Variant, counter: Counter | None = None) -> BlockScore:
         """Score one block; KL and agreement are against dense on the same tokens."""
-        score = BlockScore(targets=block.targets, tokens=block.end - block.begin)
+        places, targets = self.scored(block)
+        score = BlockScore(targets=len(places), tokens=block.end - block.begin)
         is_dense = spec == self.dense
         begin = time.perf_counter()
         hidden = self._hidden(block, spec, counter)
@@ -98,8 +113,8 @@ class Scorer:
             self._keep(block, hidden)
         base = None if is_dense else self._dense_hidden(block)
         digest = hashlib.sha256()
-        for rows in self._chunks(block, hidden.shape[0]):
-            self._rows(score, block, rows, hidden, base, digest.update)
+        for part in self._chunks(len(places)):
+            self._rows(score, places[part], targets[part], hidden, base, digest.update)
         score.sha256 = digest.hexdigest()
         if counter:
             score.counts = counter.counts()
@@ -108,19 +123,18 @@ class Scorer:
     def _rows(
         self,
         score: BlockScore,
-        block: Block,
-        rows: slice,
+        rows: NDArray[np.int64],
+        target: NDArray[np.int32],
         hidden: NDArray[np.float32],
         base: NDArray[np.float32] | None,
         digest: Callable[[bytes], None],
     ) -> None:
-        """Add a chunk of rows (positions of the block) to `score`."""
-        target = self.ids[block.begin + 1 + rows.start : block.begin + 1 + rows.stop]
+        """Add a chunk of rows (places of the block) with their true ids to `score`."""
         begin = time.perf_counter()
         logits = self.model.head(hidden[rows])
         score.seconds += time.perf_counter() - begin
         nll, best = _core.nll(logits, np.ascontiguousarray(target, dtype=np.int32))
-        tail = np.arange(rows.start, rows.stop) >= self.context * 3 // 4
+        tail = rows >= self.context * 3 // 4
         score.nll += float(nll.sum())
         score.nll_tail += float(nll[tail].sum())
         score.tail += int(tail.sum())
@@ -132,10 +146,10 @@ class Scorer:
         score.kl += float(_core.kl(dense, logits).sum())
         score.agree += int((_core.nll(dense, best)[1] == best).sum())
 
-    def _chunks(self, block: Block, length: int) -> Iterator[slice]:
+    def _chunks(self, count: int) -> Iterator[slice]:
         step = max(1, CHUNK // self.model.config.vocab_size)
-        for begin in range(block.first, length, step):
-            yield slice(begin, min(begin + step, length))
+        for begin in range(0, count, step):
+            yield slice(begin, begin + step)
 
     def _hidden(
         self, block: Block, spec: Variant, counter: Counter | None = None

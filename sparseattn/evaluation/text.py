@@ -72,7 +72,9 @@ def cut_blocks(n_tokens: int, context: int, stride: int) -> list[Block]:
     return blocks
 
 
-def load_text(text: Any, tokenizer: Tokenizer | None, tokens: int | None) -> Text:
+def load_text(
+    text: Any, tokenizer: Tokenizer | None, tokens: int | None, *, special: bool = True
+) -> Text:
     """Return at most `tokens` token ids (None: all) of `text`.
 
     Parameters
@@ -80,6 +82,8 @@ def load_text(text: Any, tokenizer: Tokenizer | None, tokens: int | None) -> Tex
     text : None, path, str or sequence of int
         None is the default text; a short str without a line break is a path; any other str is
         the text itself; integers are token ids.
+    special : bool
+        Documents get what the tokenizer puts around a text.
 
     Raises
     ------
@@ -104,7 +108,7 @@ def load_text(text: Any, tokenizer: Tokenizer | None, tokens: int | None) -> Tex
             "tokenizer=FOLDER (--tokenizer FOLDER)"
         )
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    ids, documents = _encode(tokenizer, content, tokens)
+    ids, documents = _encode(tokenizer, content, tokens, special)
     return Text(ids, sha256, name, documents)
 
 
@@ -131,12 +135,13 @@ def _read(text: str | os.PathLike[str] | None) -> tuple[str, str]:
 
 
 def _encode(
-    tokenizer: Tokenizer, content: str, tokens: int | None
+    tokenizer: Tokenizer, content: str, tokens: int | None, special: bool
 ) -> tuple[NDArray[np.int32], int]:
     """Tokenise documents until there are enough ids; return these and the number of documents.
 
     ``<|endoftext|>`` parts documents. Where it is one of the tokenizer's own pieces it is read as
-    such; else each document gets what the tokenizer puts around a text (``<s>`` in LLaMA's).
+    such; else each document gets what the tokenizer puts around a text (``<s>`` in LLaMA's),
+    where `special`.
     """
     documents = [content]
     if tokenizer.token_id(SEPARATOR) is None and SEPARATOR in content:
@@ -144,25 +149,28 @@ def _encode(
     ids: list[int] = []
     used = 0
     for document in documents:
-        ids += _encode_beginning(tokenizer, document, None if tokens is None else tokens - len(ids))
+        left = None if tokens is None else tokens - len(ids)
+        ids += _encode_beginning(tokenizer, document, left, special)
         used += 1
         if tokens is not None and len(ids) >= tokens:
             break
     return np.asarray(ids[:tokens], dtype=np.int32), used
 
 
-def _encode_beginning(tokenizer: Tokenizer, document: str, tokens: int | None) -> Sequence[int]:
+def _encode_beginning(
+    tokenizer: Tokenizer, document: str, tokens: int | None, special: bool
+) -> Sequence[int]:
     """Tokenise a document, or as much of its beginning as `tokens` ids need.
 
     A cut can change only tokens near it, so the last `MARGIN` ids of a beginning are not used.
     """
     length = len(document) if tokens is None else 4 * (tokens + MARGIN)
     while length < len(document):
-        ids = tokenizer.encode(document[:length], special=True)
+        ids = tokenizer.encode(document[:length], special=special)
         if tokens is not None and len(ids) >= tokens + MARGIN:
             return ids[:tokens]
         length *= 2
-    return tokenizer.encode(document, special=True)
+    return tokenizer.encode(document, special=special)
 
 
 def require_length(text: Text, context: int) -> None:

@@ -32,11 +32,12 @@ results = os.dup(1)
 os.dup2(2, 1)
 import numpy as np, torch, transformers
 ids = np.frombuffer(sys.stdin.buffer.read(), dtype="<i4").astype(np.int64)
-model = transformers.AutoModelForCausalLM.from_pretrained(
+model = getattr(transformers, sys.argv[2]).from_pretrained(
     sys.argv[1], local_files_only=True, attn_implementation="eager"
 ).float().eval()
 with torch.no_grad():
-    logits = model(torch.from_numpy(ids)[None]).logits[0]
+    found = model(torch.from_numpy(ids)[None])
+logits = (found.logits if "logits" in found else found.last_hidden_state)[0]
 with os.fdopen(results, "wb") as out:
     out.write(logits.numpy().astype("<f4").tobytes())
 """
@@ -58,7 +59,10 @@ def environment() -> dict[str, Any]:
 
 
 def reference_difference(
-    folder: Path | None, ids: NDArray[np.int32], logits: NDArray[np.float32]
+    folder: Path | None,
+    ids: NDArray[np.int32],
+    logits: NDArray[np.float32],
+    kind: str = "AutoModelForCausalLM",
 ) -> dict[str, Any]:
     """Return the largest difference of `logits` to those of transformers, or why there is none.
 
@@ -68,6 +72,9 @@ def reference_difference(
         The checkpoint; None where the parameters are in no file.
     ids : ndarray of int32, shape (tokens,)
     logits : ndarray of float32, shape (tokens, vocabulary)
+        Of a `kind` without a head, the states (tokens, hidden).
+    kind : str
+        transformers' class for the checkpoint.
 
     Returns
     -------
@@ -79,7 +86,8 @@ def reference_difference(
     missing = missing_packages()
     if missing:
         return {"reason": f"{' and '.join(missing)} not installed"}
-    status, out, err = _run([sys.executable, "-c", CHILD, str(folder)], ids.astype("<i4").tobytes())
+    command = [sys.executable, "-c", CHILD, str(folder), kind]
+    status, out, err = _run(command, ids.astype("<i4").tobytes())
     if status or len(out) != logits.nbytes:
         lines = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
         last = lines[-1].strip() if lines else f"no answer in {TIMEOUT} s"

@@ -14,19 +14,18 @@ import json
 import math
 import mmap as mapping
 import os
-import re
-import shlex
 import stat
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseattn.errors import ArgumentError, DtypeError, FileError
+from sparseattn.errors import FileError
 from sparseattn.half import widen
 
 MAX_HEADER_BYTES = 16 * 2**20  # a safetensors header
@@ -36,11 +35,11 @@ MAX_NAME_BYTES = 4096
 MAX_OFFSET = 2**53  # beyond it JSON numbers are not exact for every reader
 MAX_CONFIG_BYTES = 2**20  # config.json and its small neighbours
 MAX_CONFIG_DEPTH = 16
+MAX_CONFIG_VALUES = 50_000
+MAX_JSON_VALUES = 2**22  # in any JSON file: what a tokenizer of 2^20 pieces and merges takes
+TENSOR_VALUES = 16  # commas and brackets of a tensor in a header: 14 where it has 8 dims
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 # Bytes per element of every type that the format names in whole bytes.
 ITEM_BYTES = {
@@ -52,8 +51,6 @@ ITEM_BYTES = {
 # What a weight may be stored as, and how its bytes are viewed.
 WEIGHT_TYPES = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.json", "*.safetensors", "merges.txt"]
 AGAIN = "download or export it again"
 
 
@@ -63,46 +60,10 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def find_folder(folder: str | os.PathLike[str]) -> Path:
-    """The local folder of a model: `folder` itself, or the hub's snapshot where it is an id."""
-    if not isinstance(folder, str | bytes | os.PathLike):
-        raise DtypeError(
-            f"folder is a {type(folder).__name__}: give a folder's name (sa.use replaces the "
-            "attention of a transformers model)"
-        )
-    name = os.fspath(folder)
-    if not isinstance(name, str) or "\0" in name:
-        raise ArgumentError(f"folder is {show(name)}, which is no path: give a folder's name")
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FileError(f"{show(name)} is a file: give the folder that holds it")
-    if HUB_ID.fullmatch(name):
-        return find_snapshot(name)
-    raise FileError(f"folder {show(name)} does not exist: give a folder with {CONFIG_FILE}")
-
-
-def find_snapshot(repo: str) -> Path:
-    """The snapshot folder of a hub id, from the local cache where it is complete."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FileError(
-            f"folder {show(repo)} does not exist: give a local folder, or install the hub extra "
-            "(pip install 'sparseattn[hub]') to load by Hugging Face id"
-        ) from None
-    try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=True))
-    except Exception:  # not cached, or not completely: every release has its own exception here
-        pass
-    try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
-    except Exception as error:
-        raise FileError(
-            f"neither a local folder nor a readable Hugging Face id: {show(repo)} "
-            f"({type(error).__name__}); check the name and the network"
-        ) from error
+def show_path(path: str | os.PathLike[str]) -> str:
+    """A path as an error message may carry it: its end says which file is meant."""
+    text = ascii(os.fspath(path))
+    return text if len(text) <= 160 else "'..." + text[-156:]
 
 
 def open_regular(path: Path) -> tuple[int, int]:
@@ -111,15 +72,15 @@ def open_regular(path: Path) -> tuple[int, int]:
     try:
         fd = os.open(path, flags)  # O_NONBLOCK: a FIFO must not wait for its writer
     except FileNotFoundError:
-        raise FileError(f"{show(str(path))} is missing: {AGAIN}") from None
+        raise FileError(f"{show_path(path)} is missing: {AGAIN}") from None
     except OSError as error:
         raise FileError(
-            f"{show(str(path))} cannot be opened ({error.strerror}): check its permissions"
+            f"{show_path(path)} cannot be opened ({error.strerror}): check its permissions"
         ) from None
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         os.close(fd)
-        raise FileError(f"{show(str(path))} is not a regular file: replace it by the file itself")
+        raise FileError(f"{show_path(path)} is not a regular file: replace it by the file itself")
     return fd, info.st_size
 
 
@@ -144,17 +105,26 @@ def decode_utf8(data: bytes, what: str) -> str:
         raise FileError(f"{what} is not UTF-8 at byte {error.start}: {AGAIN}") from None
 
 
-def parse_json(text: str, what: str, max_depth: int) -> dict[str, Any]:
-    """The object in `text`; duplicate keys, other JSON values and deep nesting are refused."""
+def parse_json(
+    text: str, what: str, max_depth: int, max_values: int = MAX_JSON_VALUES
+) -> dict[str, Any]:
+    """The object in `text`; duplicate keys, other JSON values, deep nesting and more than about
+    `max_values` entries are refused, the last before anything is parsed."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FileError(f"{what} names {show(twice)} twice: {AGAIN}")
+            seen: dict[str, Any] = {}
+            for name, value in pairs:
+                if name in seen:
+                    raise FileError(
+                        f"{what} names {show(name)} twice, for {show(seen[name])} and for "
+                        f"{show(value)}: {AGAIN}"
+                    )
+                seen[name] = value
         return values
 
+    check_values(text.count(",") + text.count("[") + text.count("{"), what, max_values)
     too_deep = f"{what} is nested deeper than {max_depth} levels: {AGAIN}"
     try:
         values = json.loads(text, object_pairs_hook=unique)
@@ -174,15 +144,22 @@ def parse_json(text: str, what: str, max_depth: int) -> dict[str, Any]:
     raise FileError(too_deep)
 
 
+def check_values(count: int, what: str, max_values: int) -> None:
+    """Parsing takes many times a text's size, and before every value is one of ``,[{``."""
+    if count > max_values:
+        raise FileError(f"{what} holds more than {max_values} values: {AGAIN}")
+
+
 def children(node: Any) -> Iterable[Any]:
     """The containers directly inside a container."""
     inside = node.values() if isinstance(node, dict) else node
     return (child for child in inside if isinstance(child, dict | list))
 
 
-def read_json(path: Path, max_bytes: int, max_depth: int) -> dict[str, Any]:
-    """A JSON object from a file, within limits."""
-    return parse_json(read_text(path, max_bytes), path.name, max_depth)
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a configuration's size."""
+    text = read_text(path, MAX_CONFIG_BYTES)
+    return parse_json(text, path.name, MAX_CONFIG_DEPTH, MAX_CONFIG_VALUES)
 
 
 def read_small_json(folder: Path, name: str) -> dict[str, Any]:
@@ -190,7 +167,7 @@ def read_small_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not os.path.lexists(path):
         return {}
-    return read_json(path, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH)
+    return read_json(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -198,34 +175,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not os.path.lexists(path):
         raise FileError(
-            f"folder {show(str(folder))} has no {CONFIG_FILE}: give a Hugging Face model folder"
+            f"folder {show_path(folder)} has no {CONFIG_FILE}: give a Hugging Face model folder"
         )
-    return read_json(path, MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH)
-
-
-def find_weights(folder: Path) -> Path:
-    """The folder's safetensors file, or an error that says what to do about what is there."""
-    path = folder / WEIGHTS_FILE
-    if os.path.lexists(path):
-        return path
-    if os.path.lexists(folder / INDEX_FILE):
-        raise FileError(
-            f"folder {show(str(folder))} holds sharded weights, which are not read yet: save it "
-            "again as one file with save_pretrained(..., max_shard_size='1000GB')"
-        )
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLED)
-    if pickled:
-        source = shlex.quote(str(folder))
-        target = shlex.quote(str(folder) + "-safetensors")
-        raise FileError(
-            f"{pickled[0]} is a pickle, which can run code when it is read, and is refused: "
-            'convert it with python -c "import sys; from transformers import AutoModelForCausalLM '
-            f'as M; M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])" {source} {target}'
-        )
-    raise FileError(
-        f"folder {show(str(folder))} has no {WEIGHTS_FILE}: add it, or pass random_weights=0 for "
-        "random parameters"
-    )
+    return read_json(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +188,18 @@ class Tensor:
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     end: int
+
+
+class TensorSource(Protocol):
+    """What a model's weights are read from: a file, several, or another package's model."""
+
+    @property
+    def name(self) -> str: ...  # as error messages call it
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    def read(self, name: str, *, wide: bool = False) -> NDArray[Any]: ...
 
 
 def integers(value: Any, high: int) -> bool:
@@ -275,10 +239,13 @@ def check_header(what: str, raw: bytes, size: int) -> dict[str, Tensor]:
     """The tensors that a header describes, when they fill a file of `size` bytes exactly."""
     if not raw.startswith(b"{"):
         raise FileError(f"{what} has a header that does not start with '{{': {AGAIN}")
-    # Before parsing, which takes many times a header's size; a tensor has one key and two lists.
-    if raw.count(b'"data_offsets"') > MAX_TENSORS or raw.count(b"[") > 4 * MAX_TENSORS:
+    count = raw.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
         raise FileError(f"{what} describes more than {MAX_TENSORS} tensors: {AGAIN}")
-    header = parse_json(decode_utf8(raw, f"the header of {what}"), f"the header of {what}", 3)
+    where = f"the header of {what}"
+    values = TENSOR_VALUES * count + MAX_CONFIG_VALUES  # the metadata's
+    check_values(raw.count(b",") + raw.count(b"[") + raw.count(b"{"), where, values)
+    header = parse_json(decode_utf8(raw, where), where, 3, values)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{what} has a __metadata__ that is not text by name: {AGAIN}")
@@ -303,6 +270,37 @@ def check_header(what: str, raw: bytes, size: int) -> dict[str, Tensor]:
     return tensors
 
 
+def read_header(file: BinaryIO, what: str, size: int) -> bytes:
+    """The header's bytes, after what stands before it was compared with the file's size."""
+    if size < 10:
+        raise FileError(f"{what} has {size} bytes, too few for a header: {AGAIN}")
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise FileError(
+            f"{what} claims a header of {length} bytes, outside 2 to {MAX_HEADER_BYTES}: {AGAIN}"
+        )
+    if length > size - 8:
+        raise FileError(
+            f"{what} is truncated: it claims a header of {length} bytes and has {size} in all; "
+            f"{AGAIN}"
+        )
+    return file.read(length)
+
+
+def map_file(file: BinaryIO, size: int) -> mapping.mmap | None:
+    """The file's bytes, mapped; None where it became shorter."""
+    try:
+        if sys.version_info >= (3, 13):  # no descriptor is kept: a model may have 1,000 files
+            return mapping.mmap(file.fileno(), size, access=mapping.ACCESS_READ, trackfd=False)
+        return mapping.mmap(file.fileno(), size, access=mapping.ACCESS_READ)
+    except ValueError:
+        return None
+    except OSError as error:
+        raise FileError(
+            f"{show_path(file.name)} cannot be mapped ({error.strerror}): pass mmap=False"
+        ) from error
+
+
 class Checkpoint:
     """A validated safetensors file: what it holds, and its tensors.
 
@@ -323,32 +321,11 @@ class Checkpoint:
         self.name = path.name
         fd, size = open_regular(path)
         with os.fdopen(fd, "rb") as file:
-            if size < 10:
-                raise FileError(f"{self.name} has {size} bytes, too few for a header: {AGAIN}")
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise FileError(
-                    f"{self.name} claims a header of {length} bytes, outside 2 to "
-                    f"{MAX_HEADER_BYTES}: {AGAIN}"
-                )
-            if length > size - 8:
-                raise FileError(
-                    f"{self.name} is truncated: it claims a header of {length} bytes and has "
-                    f"{size} in all; {AGAIN}"
-                )
-            raw = file.read(length)
-            self.tensors = check_header(self.name, raw, size)
-            changed = f"{self.name} changed while it was read: load it when it is complete"
-            if mmap:
-                try:
-                    self._data: Any = mapping.mmap(file.fileno(), size, access=mapping.ACCESS_READ)
-                except (OSError, ValueError) as error:  # ValueError: the file became shorter
-                    raise FileError(changed) from error
-            else:
-                file.seek(0)
-                self._data = file.read(size)
-            if len(self._data) != size:
-                raise FileError(changed)
+            self.tensors = check_header(self.name, read_header(file, self.name, size), size)
+            file.seek(0)
+            self._data: Any = map_file(file, size) if mmap else file.read(size)
+        if self._data is None or len(self._data) != size:
+            raise FileError(f"{self.name} changed while it was read: load it when it is complete")
 
     def read(self, name: str, *, wide: bool = False) -> NDArray[Any]:
         """A tensor, read-only, in the mapped bytes themselves where these can serve.
@@ -365,13 +342,18 @@ class Checkpoint:
         flat = np.frombuffer(
             self._data, WEIGHT_TYPES[tensor.dtype], math.prod(tensor.shape), tensor.begin
         )
-        if tensor.dtype not in ("F16", "BF16"):
-            flat = np.require(flat, np.float32, "A")
-        elif wide or len(tensor.shape) < 2:
-            flat = widen(flat)
-        array = np.require(flat, flat.dtype.newbyteorder("="), "A").reshape(tensor.shape)
-        array.flags.writeable = False
-        return array
+        return as_weight(flat.reshape(tensor.shape), wide)
+
+
+def as_weight(array: NDArray[Any], wide: bool) -> NDArray[Any]:
+    """An array as the models take it, read-only: float32, or a matrix of half precision as it is.
+    A copy is made only where the memory cannot serve."""
+    if array.dtype.itemsize == 2 and (wide or array.ndim < 2):
+        array = widen(array)
+    real = array.dtype.newbyteorder("=") if array.dtype.itemsize == 2 else np.float32
+    array = np.require(array, real, ["A", "C"]).view()
+    array.flags.writeable = False
+    return array
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from sparseattn.errors import FileError
 from sparseattn.models.checkpoint import CONFIG_FILE, nearest, show
+
+T = TypeVar("T")
 
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
@@ -52,13 +54,17 @@ class Fields:
             raise self.fail(name, f"is {show(value)}: give an integer from {low} to {high}")
         return value
 
-    def number(self, name: str, default: float | None, low: float, high: float) -> float:
-        """A number in (low, high]."""
+    def number(
+        self, name: str, default: float | None, low: float, high: float, *, closed: bool = False
+    ) -> float:
+        """A number in (low, high], or in [low, high] where `closed`."""
         value = self.get(name, default)
-        if type(value) not in (int, float) or not low < value <= high:
-            raise self.fail(
-                name, f"is {show(value)}: give a number above {low:g} and at most {high:g}"
-            )
+        fits = type(value) in (int, float) and low <= value <= high
+        if not fits or (value == low and not closed):
+            wanted = f"above {low:g} and at most {high:g}"
+            if closed:
+                wanted = f"from {low:g} to {high:g}" if low < high else f"that is {low:g}"
+            raise self.fail(name, f"is {show(value)}: give a number {wanted}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -67,7 +73,7 @@ class Fields:
             raise self.fail(name, f"is {show(value)}: give true or false")
         return value
 
-    def word(self, name: str, default: str | None, known: Mapping[str, str]) -> str:
+    def word(self, name: str, default: str | None, known: Mapping[str, T]) -> T:
         """The meaning in `known` of a word."""
         value = self.get(name, default)
         if not isinstance(value, str) or value not in known:

@@ -45,10 +45,11 @@ def read_config(fields: Fields) -> Config:
         context=fields.integer("n_positions", 1024, 1, MAX_CONTEXT),
         eps=fields.number("layer_norm_epsilon", 1e-5, 0, 1),
         activation=fields.word("activation_function", "gelu_new", ACTIVATIONS),
-        attention_bias=True,
+        qkv_bias=True,
+        out_bias=True,
         mlp_bias=True,
         tied=fields.flag("tie_word_embeddings", True),
-        rope_theta=None,
+        rope=None,
         scales=tuple(scale / (i + 1) if by_layer else scale for i in range(layers)),
         init_std=fields.number("initializer_range", 0.02, 0, 1),
     )

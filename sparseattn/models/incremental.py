@@ -20,6 +20,7 @@ from sparseattn.attention import attention
 from sparseattn.cache import Cache
 from sparseattn.models.common import F32
 from sparseattn.models.network import Scratch, by_head
+from sparseattn.models.windows import band, cached, stays_inside
 from sparseattn.variants import Dense, RandomKeys, TopK, Variant, Window
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Incremental:
         self.model, self.network = model, model._network
         self.waiting: Sequence[NDArray[np.int64]] | None = prompts
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        specs = [cached(spec, model.config.window(i)) for i, spec in enumerate(specs)]
         self.groups = [Group(members, specs) for members in grouped(self.lengths, specs)]
         self.scratch = Scratch()
 
@@ -82,7 +84,7 @@ class Incremental:
         """Read the prompts; logits (prompts, vocabulary) of their last tokens."""
         assert self.waiting is not None
         prompts, self.waiting = self.waiting, None
-        ids, pos, sizes, masks = [], [], [], []
+        ids, pos, long, sizes, masks = [], [], [], [], []
         for group in self.groups:
             lengths = self.lengths[group.prompts]
             longest = int(lengths.max())
@@ -93,8 +95,10 @@ class Incremental:
                 row[longest - len(prompts[prompt]) :] = prompts[prompt]
             ids.append(padded.reshape(-1))
             pos.append(np.maximum(place, 0).reshape(-1))  # padding stands anywhere
+            long.append(np.repeat(lengths, longest))
             sizes.append(place.shape)
-        rows = self._forward(np.concatenate(ids), np.concatenate(pos), sizes, masks)
+        joined = np.concatenate(ids), np.concatenate(pos), np.concatenate(long)
+        rows = self._forward(*joined, sizes, masks)
         ends = [0, *np.cumsum([batch * length for batch, length in sizes])]
         last = [
             rows[begin:end].reshape(*size, -1)[:, -1]
@@ -108,7 +112,8 @@ class Incremental:
         pos = self.lengths[prompts]
         self.lengths[prompts] += 1
         sizes = [(len(group.prompts), 1) for group in self.groups]
-        rows = self._forward(np.array(tokens, np.int64), pos, sizes, [None] * len(sizes))
+        ids, masks = np.array(tokens, np.int64), [None] * len(sizes)
+        rows = self._forward(ids, pos, pos + np.int32(1), sizes, masks)
         return self.model.head(rows)
 
     def keep(self, prompts: set[int]) -> None:
@@ -121,28 +126,34 @@ class Incremental:
         self,
         ids: NDArray[np.int64],
         pos: NDArray[np.int32],
+        lengths: NDArray[np.int32],
         sizes: Sequence[tuple[int, ...]],
         masks: Sequence[NDArray[np.bool_] | None],
     ) -> F32:
-        """States of all rows; those of a group are (batch, length) of `sizes`, group by group."""
-        scales = self.model.config.scales
+        """States of all rows, of texts of `lengths` so far; those of a group are (batch, length) of
+        `sizes`, group by group."""
+        config = self.model.config
 
         def attend(layer: int, *arrays: F32) -> None:
-            begin = 0
+            begin, window = 0, config.window(layer)
             for group, (batch, length), mask in zip(self.groups, sizes, masks, strict=True):
                 rows = slice(begin, begin + batch * length)
                 q, k, v, out = (by_head(a[rows], batch) for a in arrays)
+                cache, shown = group.caches[layer], None
+                if not stays_inside(cache.spec, window):
+                    shown = band(window, length, cache.get_seq_length() + length)
                 attention(
                     *(q, k, v),
                     causal=True,
-                    scale=scales[layer],
+                    scale=config.scales[layer],
+                    mask=shown,
                     key_mask=mask,
-                    cache=group.caches[layer],
+                    cache=cache,
                     out=out,
                 )
                 begin = rows.stop
 
-        return self.network.forward(ids, pos, attend, self.scratch)
+        return self.network.forward(ids, pos, attend, self.scratch, lengths=lengths)
 
 
 def grouped(lengths: NDArray[np.int32], specs: Sequence[Variant]) -> list[list[int]]:

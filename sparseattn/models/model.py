@@ -13,41 +13,61 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from sparseattn.attention import Plan, run
-from sparseattn.errors import ArgumentError, DtypeError, FileError
+from sparseattn.errors import ArgumentError, DtypeError, FileError, door
 from sparseattn.inputs import make_target, read_operands, read_problem
+from sparseattn.models.batch import read_batch
+from sparseattn.models.bert import BERT, DISTILBERT, ROBERTA, XLM_ROBERTA
 from sparseattn.models.checkpoint import (
-    Checkpoint,
-    find_folder,
-    find_weights,
+    CONFIG_FILE,
+    TensorSource,
     nearest,
     read_config,
     read_small_json,
     show,
 )
 from sparseattn.models.common import F32, Config, Family, Weight, draw, match
+from sparseattn.models.embed import Pooling, embed, read_pooling
 from sparseattn.models.fields import Fields
 from sparseattn.models.generate import KEYWORDS, RENAMED, generate, read_request, stream
 from sparseattn.models.gpt2 import GPT2
+from sparseattn.models.hub import check_links, find_folder
 from sparseattn.models.llama import LLAMA
-from sparseattn.models.network import Network, by_head, rows_of
+from sparseattn.models.mistral import MISTRAL
+from sparseattn.models.neox import NEOX
+from sparseattn.models.network import DeepHead, Linear, Network, by_head, rows_of
+from sparseattn.models.objects import ModelObject, is_model, tokenizer_of
+from sparseattn.models.qwen import QWEN2, QWEN3
+from sparseattn.models.shards import open_weights
 from sparseattn.models.tokenizer import Tokenizer, load_tokenizer
+from sparseattn.models.windows import band
 from sparseattn.plan import refuse_keywords
 from sparseattn.variants.base import Variant, parse
 
-FAMILIES = {family.name: family for family in (GPT2, LLAMA)}
+FAMILIES = {
+    family.name: family
+    for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, NEOX, BERT, ROBERTA, XLM_ROBERTA, DISTILBERT)
+}
 
 Spec = Variant | str | None
 OnAttend = Callable[[int, Plan], None]
+
+CALL_KEYWORDS = ("tokens", "attention", "per_layer", "key_mask", "token_types")
+CALL_RENAMED = {  # what transformers calls them
+    "attention_mask": "key_mask, of booleans: True for a token",
+    "token_type_ids": "token_types",
+    "input_ids": "tokens",
+    "spec": "attention",
+}
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 HASHED = 1 << 20  # parameters widened at a time for the fingerprint
 
 
 class Model:
-    """A causal language model whose attention is chosen at each call.
+    """A language model or encoder whose attention is chosen at each call.
 
     Attributes
     ----------
@@ -61,9 +81,16 @@ class Model:
         Where it was loaded from.
     attention : spec, str or None
         What attends where a call names nothing; None is dense. `sa.use` sets it for a while.
+    pooling : Pooling
+        How an encoder's `embed` makes one vector of a text's states: what the folder says.
 
     Notes
     -----
+    Decoders: GPT-2, LLaMA with every scaling of its positions but longrope, Mistral, Qwen2, Qwen3,
+    GPT-NeoX and Pythia. Encoders: BERT (MiniLM and other sentence encoders are such), RoBERTa,
+    XLM-RoBERTa, DistilBERT, with a head for masked tokens or labels, or none. A model's own sliding
+    window is what its layers see: a spec chooses among its keys, and dense is all of them.
+
     Everything is computed in float32. Files are mapped read-only, and float16 and bfloat16 matrices
     stay so: a product widens the block that it is at, to the same logits as from float32 weights.
     """
@@ -80,34 +107,41 @@ class Model:
         self.tokenizer = tokenizer
         self.folder = folder
         self.attention: Spec = None
+        self.pooling = Pooling() if folder is None else read_pooling(folder, config)
         self._values = values
         self._network = Network(family, config, values)
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str] | None = None,
+        folder: Any = None,
         *,
         random_weights: int | None = None,
-        tokenizer: str | os.PathLike[str] | None = None,
+        tokenizer: Any = None,
         mmap: bool = True,
         dtype: Literal["float32"] | None = None,
+        strict_symlinks: bool = False,
     ) -> Model:
-        """Load a folder with config.json, model.safetensors and, where it has one, a tokenizer.
+        """Load a folder with config.json, safetensors (one file, or several with their index) and,
+        where it has one, a tokenizer; or take over a transformers model.
 
         Parameters
         ----------
-        folder : path or str, optional
-            A local folder; with the ``hub`` extra also a Hugging Face id. None is the small model
-            that the package carries.
+        folder : path, str or transformers.PreTrainedModel, optional
+            A local folder; with the ``hub`` extra also a Hugging Face id, from the local cache
+            where it is there. A model on the CPU, whose memory is used as it stands. None is the
+            small model that the package carries.
         random_weights : int, optional
             A seed: read config.json only and draw the parameters as the family initialises them.
-        tokenizer : path, optional
+        tokenizer : path or transformers.PreTrainedTokenizerFast, optional
             A folder or tokenizer.json to use instead of the folder's own.
         mmap : bool
-            False copies the weights instead of mapping the file.
+            False copies the weights instead of mapping the file, or sharing the model's memory.
         dtype : "float32", optional
             Widen float16 and bfloat16 weights at once, to twice their memory; None keeps them.
+        strict_symlinks : bool
+            Refuse links to files outside the folder, or outside its ``models--...`` folder in a hub
+            cache, where every file is a link.
 
         Raises
         ------
@@ -128,22 +162,29 @@ class Model:
             raise ArgumentError(
                 f"dtype is {show(dtype)}: give 'float32', or None for the weights as stored"
             )
-        path = EMBEDDED if folder is None else find_folder(folder)
-        family, config = read_family(path)
+        source: TensorSource
+        path: Path | None = None
+        if is_model(folder):
+            if random_weights is not None:
+                raise ArgumentError("random_weights is given with a model: give its folder")
+            source = ModelObject(folder, copy=not mmap)
+            name = f"{source.name}.config"
+            family, config = read_family(source.config, source.generation_config, name)
+        else:
+            path = EMBEDDED if folder is None else find_folder(folder)
+            if strict_symlinks:
+                check_links(path)
+            generation = read_small_json(path, "generation_config.json")
+            family, config = read_family(read_config(path), generation)
+            if random_weights is None:
+                source = open_weights(path, mmap=mmap)
         if random_weights is None:
-            file = Checkpoint(find_weights(path), mmap=mmap)
-            config, names = match(family, config, file)
+            config, names = match(family, config, source)
             wide = dtype is not None
-            values = {short: file.read(name, wide=wide) for short, name in names.items()}
+            values = {short: source.read(name, wide=wide) for short, name in names.items()}
         else:
             values = draw(family, config, check_seed(random_weights))
-        found = load_tokenizer(path if tokenizer is None else tokenizer)
-        if found is None and tokenizer is not None:
-            raise FileError(
-                f"tokenizer {show(str(tokenizer))} has neither tokenizer.json nor vocab.json "
-                "with merges.txt: give another"
-            )
-        return cls(family, config, values, found, path)
+        return cls(family, config, values, find_tokenizer(path, tokenizer), path)
 
     def __repr__(self) -> str:
         c = self.config
@@ -168,32 +209,45 @@ class Model:
                 digest.update(rows_of(value, slice(start, start + HASHED)).data)
         return digest.hexdigest()
 
+    @door
     def __call__(
         self,
         tokens: ArrayLike,
         attention: Spec = None,
         per_layer: Mapping[int, Spec] | None = None,
+        *,
+        key_mask: ArrayLike | None = None,
+        token_types: ArrayLike | None = None,
+        **wrong: Any,
     ) -> F32:
-        """Logits of every position.
+        """Logits of every position, or of a classifier's labels.
 
         Parameters
         ----------
         tokens : array_like of int, shape (length,) or (batch, length)
+            An encoder's rows may differ in length: they are padded on the right.
         attention : spec or str, optional
             What attends, in every layer; None is the model's `attention`, dense unless it was
             changed. `PerLayer` says it layer by layer.
         per_layer : mapping of int to spec, optional
             Layers that differ from `attention`.
+        key_mask : array_like of bool, shape of tokens, optional
+            True where there is a token: what is padding changes nothing else. As in transformers,
+            places count for positions (in RoBERTa, tokens), and a classifier reads the first
+            place, so padding belongs on the right.
+        token_types : array_like of int, shape of tokens, optional
+            Kinds of segments, where the family knows them; None is 0.
 
         Returns
         -------
         ndarray of float32, shape (length, vocabulary) or (batch, length, vocabulary)
+            Of a classifier (labels,) or (batch, labels); ``config.labels`` names them.
 
         Raises
         ------
         DtypeError, ArgumentError
             If tokens are not integers, out of the vocabulary or longer than the context, or a
-            layer or spec does not exist.
+            layer or spec does not exist; if the checkpoint has no head, only states.
 
         Examples
         --------
@@ -202,8 +256,12 @@ class Model:
         >>> model([1, 2, 3], attention="topk:16", per_layer={0: "dense"}).shape
         (3, 2048)
         """
-        hidden = self.hidden(tokens, attention, per_layer)
-        return self.head(hidden)
+        refuse_keywords("model", wrong, CALL_KEYWORDS, CALL_RENAMED)
+        self._require_head()
+        hidden = self.hidden(
+            tokens, attention, per_layer, key_mask=key_mask, token_types=token_types
+        )
+        return self.head(hidden[..., 0, :] if self.config.head == "classifier" else hidden)
 
     def hidden(
         self,
@@ -211,12 +269,15 @@ class Model:
         attention: Spec = None,
         per_layer: Mapping[int, Spec] | None = None,
         on_attend: OnAttend | None = None,
+        *,
+        key_mask: ArrayLike | None = None,
+        token_types: ArrayLike | None = None,
     ) -> F32:
         """States after the final norm: what `head` turns into logits.
 
         Parameters
         ----------
-        tokens, attention, per_layer
+        tokens, attention, per_layer, key_mask, token_types
             As for calling the model.
         on_attend : callable, optional
             Called with (layer, plan) after each layer's attention.
@@ -225,29 +286,35 @@ class Model:
         -------
         ndarray of float32, shape (length, hidden) or (batch, length, hidden)
         """
-        ids = self._check_tokens(tokens)
+        read = read_batch(self.config, tokens, key_mask, token_types)
         specs = self._layer_specs(attention, per_layer)
-        scales = self.config.scales
+        scales, causal = self.config.scales, self.config.causal
 
-        batch, length = np.atleast_2d(ids).shape
+        batch, length = read.ids.shape
 
         def attend(layer: int, *rows: F32) -> None:
             q, k, v, out = (by_head(a, batch) for a in rows)
             ops = read_operands(q, k, v)
-            problem = read_problem(ops, causal=True, scale=scales[layer])
+            shown = band(self.config.window(layer), length, length)
+            problem = read_problem(
+                ops, causal=causal, scale=scales[layer], mask=shown, key_mask=read.mask
+            )
             _, plan, _ = run(ops, specs[layer], None, problem, make_target(out, ops), False)
             if on_attend is not None:
                 on_attend(layer, plan)
 
-        pos = np.tile(np.arange(length, dtype=np.int32), batch)
-        rows = self._network.forward(ids.reshape(-1), pos, attend)
-        return rows.reshape(*ids.shape, self.config.hidden)
+        pos = read.positions(self.config.position_offset)
+        types = None if read.types is None else read.types.reshape(-1)
+        rows = self._network.forward(read.ids.reshape(-1), pos, attend, types=types)
+        return rows.reshape(*read.shape, self.config.hidden)
 
     def head(self, rows: F32) -> F32:
         """Logits (..., vocabulary) of states (..., hidden) from `hidden`.
 
-        Callers that want a loss only pass a few rows at a time: logits of a whole text are large.
+        Of a classifier, (..., labels) of the states at each text's first place. Callers that want
+        a loss only pass a few rows at a time: logits of a whole text are large.
         """
+        head = self._require_head()
         rows = np.asarray(rows)
         if rows.dtype != np.float32:
             raise DtypeError(f"rows is {rows.dtype}: give the float32 states of hidden()")
@@ -256,9 +323,48 @@ class Model:
                 f"rows has shape {rows.shape}: its last axis must be {self.config.hidden} wide"
             )
         flat = np.ascontiguousarray(rows.reshape(-1, self.config.hidden))
-        head = self._network.head
         logits = head(flat, np.empty((len(flat), head.n_out), np.float32))
         return logits.reshape(*rows.shape[:-1], head.n_out)
+
+    def embed(
+        self,
+        texts: Any,
+        batch_size: int = 32,
+        attention: Spec = None,
+        per_layer: Mapping[int, Spec] | None = None,
+    ) -> F32:
+        """Sentence embeddings of an encoder, as sentence-transformers pools them.
+
+        Parameters
+        ----------
+        texts : str, token ids, or a list of either
+            Of any lengths. A str is encoded with what the tokenizer puts around a text, and cut
+            where the folder's sentence_bert_config.json, or the context, ends.
+        batch_size : int
+            Texts at a time, those of similar length together.
+        attention, per_layer
+            As for calling the model.
+
+        Returns
+        -------
+        ndarray of float32, shape (hidden,) for one text or (texts, hidden) for a list
+            The mean over tokens, or what the folder's modules.json says; if it joins several
+            poolings, as many times as wide.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            If the model is no encoder, has no tokenizer for a str, or a text is empty.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile, sparseattn as sa
+        >>> config, folder = '{"model_type": "bert", "hidden_size": 48}', tempfile.mkdtemp()
+        >>> _ = pathlib.Path(folder, "config.json").write_text(config)
+        >>> sa.Model.from_pretrained(folder, random_weights=0).embed([[7, 8], [9]]).shape
+        (2, 48)
+        """
+        return embed(self, texts, batch_size, attention, per_layer)
 
     def generate(
         self,
@@ -315,6 +421,7 @@ class Model:
         >>> text = model.generate("The list of", max_new_tokens=8, temperature=0.8)
         """
         refuse_keywords("generate", wrong, KEYWORDS, RENAMED)
+        self._require_causal("generate")
         return generate(
             read_request(
                 *(self, prompt),
@@ -356,6 +463,7 @@ class Model:
         True
         """
         refuse_keywords("stream", wrong, KEYWORDS, RENAMED)
+        self._require_causal("stream")
         return stream(
             read_request(
                 *(self, prompt),
@@ -370,31 +478,22 @@ class Model:
             )
         )
 
-    def _check_tokens(self, tokens: ArrayLike) -> NDArray[np.int64]:
-        """Token ids as int64, known to be in range."""
-        if isinstance(tokens, str):
-            raise DtypeError("tokens is a str: give model.tokenizer.encode(text)'s ids")
-        try:
-            ids = np.asarray(tokens)
-        except ValueError:
-            raise ArgumentError("tokens has rows of different lengths: pad or split them") from None
-        if ids.ndim not in (1, 2) or ids.size == 0:
+    def _require_head(self) -> Linear | DeepHead:
+        """What makes logits, where the checkpoint has it."""
+        head = self._network.head
+        if head is None:
             raise ArgumentError(
-                f"tokens has shape {ids.shape}: give (length,) or (batch, length), not empty"
+                f"this {self.config.family} checkpoint has no head that gives logits: call "
+                "model.hidden(tokens) for states, or model.embed(texts) for embeddings"
             )
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise DtypeError(f"tokens is {ids.dtype}: give integers, such as tokenizer.encode's")
-        for bad in (ids.min(), ids.max()):
-            if not 0 <= bad < self.config.vocab_size:
-                raise ArgumentError(
-                    f"tokens holds {bad}: this model's ids are 0 to {self.config.vocab_size - 1}"
-                )
-        if ids.shape[-1] > self.config.context:
+        return head
+
+    def _require_causal(self, verb: str) -> None:
+        if not self.config.causal:
             raise ArgumentError(
-                f"tokens has length {ids.shape[-1]}, but this model has {self.config.context} "
-                "positions: give shorter blocks"
+                f"{verb} needs a model that reads from left to right, and {self.config.family} is "
+                "an encoder: call model(tokens) for logits, or model.embed(texts)"
             )
-        return ids.astype(np.int64)
 
     def _layer_specs(self, attention: Spec, per_layer: Mapping[int, Spec] | None) -> list[Variant]:
         """The spec of each layer."""
@@ -422,9 +521,26 @@ def check_seed(seed: object) -> int:
     return seed
 
 
-def read_family(folder: Path) -> tuple[Family, Config]:
-    """The family that config.json names, and its configuration with the special tokens."""
-    fields = Fields(read_config(folder))
+def find_tokenizer(folder: Path | None, given: Any) -> Tokenizer | None:
+    """The tokenizer that was asked for, or the folder's own."""
+    if given is None:
+        return None if folder is None else load_tokenizer(folder)
+    if not isinstance(given, str | os.PathLike):
+        return tokenizer_of(given)
+    found = load_tokenizer(given)
+    if found is None:
+        raise FileError(
+            f"tokenizer {show(str(given))} has neither tokenizer.json nor vocab.json with "
+            "merges.txt nor vocab.txt: give another"
+        )
+    return found
+
+
+def read_family(
+    values: Mapping[str, Any], generation: Mapping[str, Any], source: str = CONFIG_FILE
+) -> tuple[Family, Config]:
+    """The family that a config.json names, and its configuration with the special tokens."""
+    fields = Fields(values, source)
     name = fields.get("model_type", None)
     if not isinstance(name, str) or name not in FAMILIES:
         raise fields.fail(
@@ -434,7 +550,7 @@ def read_family(folder: Path) -> tuple[Family, Config]:
         raise fields.fail("quantization_config", "is set: save the weights as F32, F16 or BF16")
     family = FAMILIES[name]
     config = family.read_config(fields)
-    more = Fields(read_small_json(folder, "generation_config.json"))  # it has the last word
+    more = Fields(generation)  # it has the last word
     vocab = config.vocab_size
     bos = more.tokens("bos_token_id", vocab) or fields.tokens("bos_token_id", vocab)
     eos = more.tokens("eos_token_id", vocab) or fields.tokens("eos_token_id", vocab)

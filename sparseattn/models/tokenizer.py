@@ -1,4 +1,4 @@
-"""Tokenizers of model folders: tokenizer.json, or vocab.json with merges.txt.
+"""Tokenizers of model folders: tokenizer.json, or vocab.json with merges.txt, or vocab.txt.
 
 The `tokenizers` package does the work; this file checks what strangers may put into its input.
 Its regular expressions are run by a backtracking engine that a hostile pattern can stall for
@@ -20,6 +20,7 @@ from sparseattn.models.checkpoint import (
     read_text,
     show,
 )
+from sparseattn.models.fields import Fields
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Engine
@@ -31,7 +32,32 @@ MAX_PIECE_BYTES = 4096
 
 FULL_FILE = "tokenizer.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+WORDPIECE_FILE = "vocab.txt"
+SETTINGS_FILE = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
+
+# Special pieces by what tokenizer_config.json calls them; of a vocab.txt, BERT's by default.
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+BERT_PIECES = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+# Tokenizers whose vocab.txt is read as BERT's; others split words by other rules.
+WORDPIECE_CLASSES = tuple(
+    f"{name}Tokenizer{fast}" for name in ("Bert", "DistilBert", "Electra") for fast in ("", "Fast")
+)
+# Of a vocab.json that has them all: RoBERTa's, which stand around every text.
+ROBERTA_PIECES = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+MAX_WORD = 100  # letters of a word that is looked up; longer ones are unknown
 
 # Splitting patterns of GPT-2, GPT-4 (cl100k), GPT-4o (o200k), LLaMA 3, Qwen2, and the digits and
 # spaces rules of GPT-NeoX, Falcon and DeepSeek. Each is linear on any text in practice.
@@ -67,8 +93,8 @@ class Tokenizer:
     ----------
     vocab_size : int
         Number of pieces, added tokens included.
-    bos_token_id, eos_token_id : int or None
-        Ids of the tokens that tokenizer_config.json names as beginning and end.
+    bos_token_id, eos_token_id, mask_token_id : int or None
+        Ids of the tokens that tokenizer_config.json names as beginning, end and mask.
     """
 
     def __init__(self, engine: Engine, special: dict[str, str]) -> None:
@@ -78,16 +104,22 @@ class Tokenizer:
         self.vocab_size = int(engine.get_vocab_size(with_added_tokens=True))
         self.bos_token_id = self.token_id(special.get("bos_token"))
         self.eos_token_id = self.token_id(special.get("eos_token"))
+        self.mask_token_id = self.token_id(special.get("mask_token"))
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size})"
 
     def token_id(self, token: str | None) -> int | None:
         """The id of one piece, or None where the vocabulary has no such piece."""
-        return None if token is None else self._engine.token_to_id(token)
+        try:
+            return None if token is None else self._engine.token_to_id(token)
+        except UnicodeEncodeError:  # a lone surrogate is in no vocabulary
+            return None
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, special: bool = False, limit: int | None = None) -> list[int]:
         """Token ids of `text`; `special` adds what the file's template adds, such as ``<s>``.
+
+        With `limit` a longer text is cut: at most so many ids, the template's among them.
 
         Raises
         ------
@@ -98,19 +130,33 @@ class Tokenizer:
         FileError
             If the tokenizer's own file makes the engine fail on it.
         """
-        if not isinstance(text, str):
-            raise DtypeError(f"text is a {type(text).__name__}: give a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ArgumentError(
-                f"text has a lone surrogate at {error.start}: decode it with errors='replace'"
-            ) from None
+        check_text("text", text)
         engine = self._engine
-        ids: list[int] = guarded(
-            "encoding", lambda: engine.encode(text, add_special_tokens=special).ids
-        )
-        return ids
+
+        def run() -> list[int]:
+            encoding = engine.encode(text, add_special_tokens=special)
+            if limit is None or len(encoding.ids) <= limit:
+                return list(encoding.ids)
+            encoding = engine.encode(text, add_special_tokens=False)
+            around = engine.num_special_tokens_to_add(False) if special else 0
+            encoding.truncate(max(limit - around, 0))
+            return list(engine.post_process(encoding, None, special).ids)
+
+        return guarded("encoding", run)
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Token ids of two texts in one, and the token type of each id.
+
+        Raises
+        ------
+        DtypeError, ArgumentError, FileError
+            As `encode`.
+        """
+        check_text("first", first)
+        check_text("second", second)
+        engine = self._engine
+        encoding = guarded("encoding", lambda: engine.encode(first, second))
+        return list(encoding.ids), list(encoding.type_ids)
 
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
         """The text of `ids`; without `special`, special tokens are left out.
@@ -145,7 +191,8 @@ def load_tokenizer(path: str | os.PathLike[str], *, custom_regex: bool = False) 
     Parameters
     ----------
     path : path
-        A folder with tokenizer.json, or with vocab.json and merges.txt; or the json file itself.
+        A folder with tokenizer.json, or with vocab.json and merges.txt (byte-level BPE), or with
+        vocab.txt (WordPiece); or the json file itself.
     custom_regex : bool
         Accept splitting patterns that no known model uses.
 
@@ -163,19 +210,40 @@ def load_tokenizer(path: str | os.PathLike[str], *, custom_regex: bool = False) 
     if not path.is_dir():
         raise FileError(f"tokenizer {show(str(path))} does not exist: give a folder or its json")
     if os.path.lexists(vocab) and os.path.lexists(merges):
-        special = special_tokens(folder)
-        return Tokenizer(read_pair(vocab, merges, special), special)
+        pieces = read_vocab(vocab)
+        roberta = ROBERTA_PIECES if pieces.keys() >= set(ROBERTA_PIECES.values()) else {}
+        special = roberta | special_tokens(folder)
+        engine = read_pair(f"{vocab.name} with {merges.name}", pieces, read_merges(merges), special)
+        return Tokenizer(engine_around(engine, pieces) if roberta else engine, special)
     for here, gone in ((vocab, MERGES_FILE), (merges, VOCAB_FILE)):
         if os.path.lexists(here):
             raise FileError(f"folder {show(str(folder))} has {here.name} but no {gone}: add it")
+    lines = folder / WORDPIECE_FILE
+    if os.path.lexists(lines):
+        special = BERT_PIECES | special_tokens(folder)
+        settings = Fields(read_small_json(folder, SETTINGS_FILE), SETTINGS_FILE)
+        return Tokenizer(read_wordpieces(lines, special, settings), special)
     return None
 
 
+def check_text(name: str, text: str) -> None:
+    """Refuse what no UTF-8 text can be."""
+    if not isinstance(text, str):
+        raise DtypeError(f"{name} is a {type(text).__name__}: give a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"{name} has a lone surrogate at {error.start}: decode it with errors='replace'"
+        ) from None
+
+
 def special_tokens(folder: Path) -> dict[str, str]:
-    """bos_token and eos_token as tokenizer_config.json names them."""
-    config = read_small_json(folder, "tokenizer_config.json")
+    """Special pieces by role, as tokenizer_config.json or special_tokens_map.json names them."""
+    config = read_small_json(folder, "special_tokens_map.json")
+    config |= read_small_json(folder, SETTINGS_FILE)
     found = {}
-    for role in ("bos_token", "eos_token"):
+    for role in ROLES:
         token = config.get(role)
         if isinstance(token, dict):  # the long form: {"content": ..., "lstrip": ...}
             token = token.get("content")
@@ -239,21 +307,30 @@ def patterns(node: Any) -> Iterator[str]:
                 yield from patterns(child)
 
 
-def read_pair(vocab_path: Path, merges_path: Path, special: dict[str, str]) -> Engine:
-    """GPT-2's byte-level BPE from its two files."""
+def read_pair(
+    what: str, vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, str]
+) -> Engine:
+    """GPT-2's byte-level BPE from what its two files hold."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
-    vocab = read_vocab(vocab_path)
-    merges = read_merges(merges_path)
-    engine = guarded(
-        f"{vocab_path.name} with {merges_path.name}",
-        lambda: Engine(models.BPE(vocab=vocab, merges=merges)),
-    )
+    engine: Engine = guarded(what, lambda: Engine(models.BPE(vocab=vocab, merges=merges)))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     names = {END_OF_TEXT, *special.values()} & vocab.keys()
-    engine.add_special_tokens([AddedToken(name, normalized=False) for name in sorted(names)])
+    mask = special.get("mask_token")  # takes the space before it, as in transformers
+    engine.add_special_tokens(
+        [AddedToken(name, normalized=False, lstrip=name == mask) for name in sorted(names)]
+    )
+    return engine
+
+
+def engine_around(engine: Engine, vocab: dict[str, int]) -> Engine:
+    """The engine with RoBERTa's beginning and end around a text."""
+    from tokenizers import processors
+
+    begin, end = ((p, vocab[p]) for p in ("<s>", "</s>"))
+    engine.post_processor = processors.RobertaProcessing(end, begin, add_prefix_space=False)
     return engine
 
 
@@ -294,6 +371,67 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
             )
         seen[left, right] = number
     return list(seen)
+
+
+def read_wordpieces(path: Path, special: dict[str, str], settings: Fields) -> Engine:
+    """BERT's WordPiece from a vocab.txt, a piece a line. [arXiv:1609.08144, section 4.1]"""
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Engine
+
+    name = settings.get("tokenizer_class", "BertTokenizer")
+    if name not in WORDPIECE_CLASSES:
+        raise settings.fail(
+            "tokenizer_class",
+            f"is {show(name)}, and {path.name} is read for {', '.join(WORDPIECE_CLASSES)} only: "
+            "save the tokenizer as tokenizer.json",
+        )
+    lower = settings.flag("do_lower_case", True)
+    accents = settings.flag("strip_accents", lower)
+    chinese = settings.flag("tokenize_chinese_chars", True)
+    vocab = read_lines(path)
+    for role in ("unk_token", "sep_token", "cls_token"):
+        if special[role] not in vocab:
+            raise FileError(
+                f"{path.name} has no piece {show(special[role])}, the {role} of {SETTINGS_FILE}: "
+                f"{AGAIN}"
+            )
+    unk, sep, cls = (special[role] for role in ("unk_token", "sep_token", "cls_token"))
+
+    def make() -> Engine:
+        model = models.WordPiece(vocab, unk_token=unk, max_input_chars_per_word=MAX_WORD)
+        engine = Engine(model)
+        engine.normalizer = normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=chinese, strip_accents=accents, lowercase=lower
+        )
+        engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        engine.post_processor = processors.BertProcessing((sep, vocab[sep]), (cls, vocab[cls]))
+        engine.decoder = decoders.WordPiece(prefix="##")
+        known = [
+            AddedToken(p, normalized=False) for p in dict.fromkeys(special.values()) if p in vocab
+        ]
+        engine.add_special_tokens(known)
+        return engine
+
+    return guarded(path.name, make)
+
+
+def read_lines(path: Path) -> dict[str, int]:
+    """Piece to id of a vocab.txt: the ids count its lines from 0."""
+    text = read_text(path, MAX_TOKENIZER_BYTES).removesuffix("\n")
+    count = text.count("\n") + 1
+    if not text or count > MAX_ENTRIES:
+        raise FileError(
+            f"{path.name} has {count if text else 0} pieces, not 1 to {MAX_ENTRIES}: {AGAIN}"
+        )
+    vocab: dict[str, int] = {}
+    for i, line in enumerate(text.split("\n")):
+        piece = line.removesuffix("\r")
+        if not piece or piece in vocab:
+            same = f"the same as line {vocab[piece] + 1}" if piece else "empty"
+            raise FileError(f"{path.name} line {i + 1} is {same}, not a piece of its own: {AGAIN}")
+        vocab[piece] = i
+    check_lengths(path.name, list(vocab))
+    return vocab
 
 
 def guarded(what: str, make: Callable[[], Result]) -> Result:

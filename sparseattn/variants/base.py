@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from sparseattn import _core
-from sparseattn.errors import ArgumentError
+from sparseattn.errors import ArgumentError, door
 
 if TYPE_CHECKING:  # importing numpy.typing takes longer than all of this package
     from numpy.typing import NDArray
@@ -170,6 +170,7 @@ V = TypeVar("V", bound=type[Variant])
 def register(cls: V) -> V:
     """Class decorator: makes a variant known to ``parse`` and ``specs``."""
     parse_text.cache_clear()
+    cls.__init__ = door(cls.__init__)  # type: ignore[method-assign]
     _by_kind[cls.kind] = cls
     for name in (cls.kind, cls.__name__, *cls.aliases):
         _by_name[normal(name)] = cls
@@ -301,6 +302,7 @@ def normal(name: str) -> str:
     return name.strip().lower().replace("-", "").replace("_", "")
 
 
+@door
 def parse(text: str | Variant) -> Variant:
     """The spec that ``text`` says; a spec is given back as it is.
 
@@ -408,10 +410,9 @@ def read_fields(cls: type[Variant], items: list[str], text: str) -> dict[str, An
             raise ArgumentError(f"spec {text!r:.80}: {item!r} is not of the form name=value")
         name = names.get(normal(key))
         if name is None:
-            (near,) = nearest(key, names)
-            raise ArgumentError(
-                f"{cls.kind} has no setting {key.strip()!r:.40}; did you mean {names[near]}?"
-            )
+            near = nearest(key, names, cutoff=0.5)
+            offer = f"did you mean {names[near[0]]}?" if near else f"it has {', '.join(hints)}"
+            raise ArgumentError(f"{cls.kind} has no setting {key.strip()!r:.40}; {offer}")
         if name in values:
             raise ArgumentError(f"spec {text!r:.80} sets {name} twice")
         values[name] = read_value(hints[name], value.strip(), f"{cls.__name__}.{name}")

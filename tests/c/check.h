@@ -72,5 +72,6 @@ void sa_selftest_grad(void);
 void sa_selftest_received(void);
 void sa_selftest_gemm(void);
 void sa_selftest_ops(void);
+void sa_selftest_faults(void); /* last: it counts what has failed in all of them */
 
 #endif

@@ -36,6 +36,7 @@ static const struct {
     {"received", sa_selftest_received},
     {"gemm", sa_selftest_gemm},
     {"ops", sa_selftest_ops},
+    {"faults", sa_selftest_faults},
 };
 
 int
@@ -52,6 +53,9 @@ main(int argc, char **argv)
             CHECK(sa_breaches() == 0, "%lld red zones written over", (long long)sa_breaches());
         }
     }
-    printf("best instruction set here: %s\n", sa_isa_name(sa_isa_now()));
+    for (int isa = 0; isa < SA_ISA_COUNT; isa++) {
+        printf("tables of %s: %s\n", sa_isa_name((sa_isa)isa),
+               sa_isa_has((sa_isa)isa) ? "run" : "NOT RUN, this CPU lacks it");
+    }
     return check_end();
 }
