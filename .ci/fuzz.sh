@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the core without Python under libFuzzer, AddressSanitizer and UBSan, and feeds each target
-# of tests/fuzz its corpus and RUNS inputs more (50,000; long runs are started by hand). A crash leaves
-# its input in CRASHES, by default the current folder; with its fault repaired it goes to
+# of tests/fuzz its corpus and RUNS inputs more (50,000; long runs are started by hand). A crash
+# leaves its input in CRASHES, by default the current folder; with its fault repaired it goes to
 # tests/fuzz/found. GROW=1 adds what reached new code to the corpus, reduced to what matters. CLANG
 # (clang) and JOBS (all CPUs) are read.
 #   RUNS=1000000 .ci/fuzz.sh

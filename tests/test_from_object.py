@@ -13,6 +13,7 @@ import pytest
 from conftest import requires
 from tiny_models import GPT2_CONFIG, LLAMA_CONFIG
 
+import sparseattn as sa
 from sparseattn.errors import ArgumentError, DtypeError, FileError, NotSupported
 from sparseattn.models import Model
 
@@ -70,6 +71,17 @@ def test_logits_memory_and_fingerprint(name: str, tmp_path: Path) -> None:
     assert ours.config == saved.config and ours.n_parameters == saved.n_parameters
     assert ours.fingerprint == saved.fingerprint
     assert ours.folder is None and ours.tokenizer is None
+
+
+def test_compare_takes_it(tmp_path: Path) -> None:
+    """With the losses of the folder that it is saved to."""
+    theirs = make("llama")
+    theirs.save_pretrained(tmp_path)
+    how = {"text": IDS.ravel().tolist(), "attention": "window:4", "context": 8, "time_budget": 0}
+    one, other = (sa.compare(m, **how).to_dict() for m in (theirs, tmp_path))
+    assert one["evaluation"]["model"] == "LlamaForCausalLM"
+    assert [row["nll"] for row in one["rows"]] == [row["nll"] for row in other["rows"]]
+    assert one["rows"][0]["nll"] != one["rows"][1]["nll"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])

@@ -298,4 +298,4 @@ def test_a_batch_of_none() -> None:
     plan = sa.Plan.from_intervals(none, none, 50)
     assert plan.to_mask().shape == (0, 1, 130, 50)
     core = _core.plan_from_intervals(none, none, 50, 0, 2)
-    assert _core.plan_from_arrays(core.arrays()).n_maps == 2  # which validates
+    assert _core.plan_from_arrays(core.arrays()).batch == 0  # which validates

@@ -88,7 +88,7 @@ def compare(
 
     Parameters
     ----------
-    model : path, Model or None
+    model : path, Model, transformers model or None
         A Hugging Face folder, a loaded model, or None for the embedded one. An encoder is scored by
         the loss of masked tokens, or without a head for it by its embeddings' cosine to dense's.
     text : path, str, sequence of int or None

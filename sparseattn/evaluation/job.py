@@ -187,19 +187,24 @@ def longest_text(model: Any, task: str) -> int:
 def load_model(
     model: Any, random_weights: int | None, tokenizer: str | os.PathLike[str] | None
 ) -> tuple[LanguageModel, str]:
-    """Return a model and its name: a folder's, the object itself, or the embedded default."""
+    """Return a model and its name: a folder's, an object's, or the embedded default."""
+    from sparseattn.models import Model
+    from sparseattn.models.objects import is_model
+
+    if is_model(model):
+        loaded = Model.from_pretrained(model, random_weights=random_weights, tokenizer=tokenizer)
+        return loaded, type(model).__name__
     if model is not None and not isinstance(model, str | os.PathLike):
         if not hasattr(model, "hidden") or not hasattr(model, "head"):
             raise ArgumentError(
-                f"model must be a folder or a sparseattn.Model, got {type(model).__name__}"
+                "model must be a folder, a sparseattn.Model or a model of transformers, got "
+                f"{type(model).__name__}"
             )
         given = {"random_weights": random_weights, "tokenizer": tokenizer}
         for name, value in given.items():
             if value is not None:
                 raise ArgumentError(f"{name} applies to a model folder, not to a loaded Model")
         return model, str(getattr(model, "folder", None) or type(model).__name__)
-    from sparseattn.models import Model
-
     name = "the embedded default" if model is None else Path(model).resolve().name
     loaded = Model.from_pretrained(model, random_weights=random_weights, tokenizer=tokenizer)
     if random_weights is not None:
