@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,17 @@ def test_hostile_pair(case: str, tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         load_tokenizer(save_pair(tmp_path, vocab, merges))
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_lines_are_counted_before_they_are_a_list(tmp_path: Path) -> None:
+    folder = save_pair(tmp_path, VOCAB, "\n" * 2**25)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError, match="has over 1048576 lines"):
+            load_tokenizer(folder)
+        assert tracemalloc.get_traced_memory()[1] < 192 * 2**20  # as a list: 256 MiB
+    finally:
+        tracemalloc.stop()
 
 
 def test_sizes(tmp_path: Path) -> None:

@@ -353,11 +353,11 @@ def read_vocab(path: Path) -> dict[str, int]:
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
     """The pairs of merges.txt in order of rank."""
-    lines = read_text(path, MAX_TOKENIZER_BYTES).split("\n")
-    if len(lines) > MAX_ENTRIES:
+    text = read_text(path, MAX_TOKENIZER_BYTES)
+    if text.count("\n") >= MAX_ENTRIES:  # before they become a list, which takes far more memory
         raise FileError(f"{path.name} has over {MAX_ENTRIES} lines: {AGAIN}")
     seen: dict[tuple[str, str], int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")
         if not line or (number == 1 and line.startswith("#version")):
             continue
