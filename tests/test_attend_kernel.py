@@ -224,7 +224,9 @@ def random_call(rng: np.random.Generator) -> tuple[tuple[Array, Array, Array], A
 @pytest.mark.promise("A4")
 @pytest.mark.promise("A6")
 @pytest.mark.promise("C5")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(s, marks=pytest.mark.nightly) for s in range(6, 30))]
+)
 def test_random_calls(seed: int, isa: str, with_threads: Any) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(6):
