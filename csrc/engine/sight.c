@@ -248,8 +248,7 @@ sa_sight_make(sa_ctx *ctx, const sa_problem *p, sa_sight *sight)
             sight->maps = p->batch;
         }
     }
-    const int64_t rows =
-        sight->maps * p->n_q; /* no more than the batch's, which have been found to fit */
+    const int64_t rows = sight->maps * p->n_q; /* at most the batch's, which have been checked */
     sight->lo = sa_malloc_array((size_t)rows, sizeof *sight->lo);
     sight->hi = sa_malloc_array((size_t)rows, sizeof *sight->hi);
     if (sight->lo == NULL || sight->hi == NULL) {
