@@ -1,4 +1,6 @@
-"""What a Linux wheel must and must not hold. Usage: check_wheel.py WHEEL SDIST [WHEEL]
+"""What a wheel, of Linux or Windows, must and must not hold.
+
+Usage: check_wheel.py WHEEL SDIST [WHEEL]
 
 With a second wheel, made from the source archive of the source archive, both must hold the same.
 """
@@ -6,6 +8,7 @@ With a second wheel, made from the source archive of the source archive, both mu
 import base64
 import hashlib
 import re
+import struct
 import subprocess
 import sys
 import tarfile
@@ -16,10 +19,10 @@ from pathlib import Path
 
 MOST_BYTES = 30_000_000
 WANTED = [
-    r"sparseattn/_core\..*\.so",
+    r"sparseattn/_core\..*\.(so|pyd)",
     r"sparseattn/_core\.pyi",
     r"sparseattn/py\.typed",
-    r"sparseattn/_libs/libscipy_openblas.*\.so",
+    r"sparseattn/_libs/libscipy_openblas.*\.(so|dll)",
     r"sparseattn/_libs/OpenBLAS-LICENSE\.txt",
     r"sparseattn/assets/.*\.safetensors",
     r"sparseattn/assets/.*\.json",
@@ -41,7 +44,11 @@ SOURCES = [
     "README.md",
 ]
 SYSTEM = r"(libc|libm|libdl|libpthread|librt|libgcc_s)\.so\.\d+|ld-linux.*"
-BUILT_AT = rb"/(?:home|root|tmp|work|build|Users|var|opt)/[\w.-]+/[\w./-]+"
+WINDOWS = r"(kernel32|msvcrt|vcruntime140|python3\d+|api-ms-win-(crt|core)-[a-z0-9-]+)\.dll"
+BUILT_AT = (
+    rb"/(?:home|root|tmp|work|build|Users|var|opt)/[\w.-]+/[\w./-]+"
+    rb"|[A-Z]:[\\/](?:a|Users)[\\/][\w.\\/-]+"
+)
 MACHINES = {"x86_64": "X86-64", "aarch64": "AArch64"}
 
 
@@ -77,8 +84,8 @@ def metadata_faults(wheel: Path, archive: zipfile.ZipFile) -> list[str]:
     faults = [f"tag {t}" for t in expanded ^ set(tags.get_all("Tag", []))]
     if not re.fullmatch(r"cp3\d+", python) or abi not in {python, python + "t"}:
         faults.append(f"{python}-{abi} is not one Python")
-    if not re.fullmatch(r"((many)?linux\w*_(x86_64|aarch64)\.?)+", platform):
-        faults.append(f"{platform} is not Linux on x86-64 or aarch64")
+    if not re.fullmatch(r"((many)?linux\w*_(x86_64|aarch64)\.?)+|win_amd64", platform):
+        faults.append(f"{platform} is not Linux on x86-64 or aarch64, nor Windows on x86-64")
     if tags["Root-Is-Purelib"] != "false" or where != f"{name}-{version}.dist-info":
         faults.append(f"{where}/WHEEL: not a binary wheel of {name} {version}")
     if meta["License-Expression"] != "BSD-3-Clause" or meta["Version"] != version:
@@ -111,14 +118,52 @@ def library_faults(path: Path, carried: set[str], platform: str) -> list[str]:
     return faults
 
 
+def imported(data: bytes) -> list[str]:
+    """The libraries that a PE file for x86-64 is linked with; an error for any other file."""
+    head = struct.unpack_from("<I", data, 0x3C)[0]
+    mark, machine, sections = struct.unpack_from("<4sHH", data, head)
+    optional = head + 24
+    if mark != b"PE\0\0" or machine != 0x8664 or data[optional : optional + 2] != b"\x0b\x02":
+        raise ValueError("not for x86-64")
+    table = optional + struct.unpack_from("<H", data, head + 20)[0]
+    spans = [struct.unpack_from("<8xIIII", data, table + 40 * n) for n in range(sections)]
+
+    def place(address: int) -> int:
+        """Where in the file lies what is loaded at the address."""
+        return next(address - at + raw for size, at, _, raw in spans if at <= address < at + size)
+
+    names, entry = [], place(struct.unpack_from("<I", data, optional + 120)[0])
+    while name := struct.unpack_from("<12xI", data, entry)[0]:
+        begin = place(name)
+        names.append(data[begin : data.index(b"\0", begin)].decode())
+        entry += 20
+    return names
+
+
+def windows_faults(path: Path) -> list[str]:
+    """Nothing linked but the system, its C runtimes and Python: the compiler's own are inside."""
+    try:
+        names = imported(path.read_bytes())
+    except (ValueError, struct.error, StopIteration) as error:
+        return [f"{path.name} is no library of Windows: {error}"]
+    return [
+        f"{path.name} needs {name}, which no wheel carries"
+        for name in names
+        if not re.fullmatch(WINDOWS, name.lower())
+    ]
+
+
 def libraries_faults(wheel: Path, archive: zipfile.ZipFile) -> list[str]:
-    names = [n for n in archive.namelist() if re.search(r"\.so(\.\d+)*$", n)]
+    names = [n for n in archive.namelist() if re.search(r"\.(so(\.\d+)*|pyd|dll)$", n)]
     carried = {n.rsplit("/", 1)[1] for n in names}
     faults = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             path = Path(archive.extract(name, folder))
-            faults += library_faults(path, carried, wheel.stem.rsplit("-", 1)[1])
+            if path.suffix in {".pyd", ".dll"}:
+                faults += windows_faults(path)
+            else:
+                faults += library_faults(path, carried, wheel.stem.rsplit("-", 1)[1])
             if "/_core." not in name:
                 continue
             data = path.read_bytes()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the core without Python together with tests/c and runs it: once as released and once under
-# AddressSanitizer and UBSan, or once with CFLAGS where set. CC (gcc) and JOBS (all CPUs) are read,
-# and EMULATOR: the command that runs what a cross compiler made. .ci/run says what aarch64 needs.
+# AddressSanitizer and UBSan, or once with CFLAGS where set. CC (gcc), LIBS and JOBS (all CPUs) are
+# read, and EMULATOR: the command that runs what a cross compiler made. .ci/run says what aarch64 and
+# Windows need.
 #   CC=clang .ci/selftest.sh
 #   CFLAGS="-O1 -g -fsanitize=thread" .ci/selftest.sh
 set -euo pipefail
@@ -29,9 +30,9 @@ run() {
     find csrc tests/c -path csrc/python -prune -o -name '*.c' -print0 | # that room: .ci/sanitized.sh
         xargs -0 -P "$jobs" -I{} bash -c '$CC $flags -c {} -o "$objects/$(echo {} | tr / _).o"'
     # shellcheck disable=SC2086 # flags are words
-    $CC $flags "$objects"/*.o -o "$objects/selftest" -lpthread -lm -ldl
+    $CC $flags "$objects"/*.o -o "$objects/selftest.exe" ${LIBS:--lpthread -lm -ldl}
     # shellcheck disable=SC2086 # the emulator has options
-    ${EMULATOR:-} "$objects/selftest" | tee "$objects/output"
+    ${EMULATOR:-} "$objects/selftest.exe" | tr -d '\r' | tee "$objects/output"
     line=$(tail -n 1 "$objects/output")
     [[ $line =~ ^([0-9]+)\ passed,\ 0\ failed$ ]]
     passed=$((passed + BASH_REMATCH[1]))

@@ -357,6 +357,7 @@ class Cache:
                 raise ArgumentError(
                     f"{method}: index must have at most {MOST_BATCHES} entries, got {array.size}"
                 )
+            array = array.copy()  # ours alone: what is checked is what is read
             wrong = array[(array < 0) | (array >= batch)]
             if wrong.size:
                 raise ArgumentError(

@@ -6,9 +6,13 @@ skips with the reason, and with ``SPARSEATTN_REQUIRE_ALL=1`` it fails.
 
 from __future__ import annotations
 
+import functools
+import gc
+import hashlib
 import importlib
 import os
 import platform
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +102,36 @@ def with_threads() -> Iterator[Callable[[int], None]]:
     sa.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread_of_torch() -> Iterator[None]:
+    """For tiny models: torch's threads spin at barriers, a thousand times as long as they compute
+    where other work runs beside the tests."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> None:
+    """What is there already is left out of collections, which would take most of the time of tests
+    that collect after every call."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and so would the children that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_memory() -> Iterator[None]:
     """Fresh and freed memory of the core holds 0xA5: what is read before it is written shows."""
@@ -112,6 +146,14 @@ def clean_memory() -> Iterator[None]:
     _core.poison(False)
     yield
     _core.poison(True)
+
+
+@pytest.fixture
+def no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons do not start transformers, which takes seconds: the rest is tested."""
+    monkeypatch.setattr(
+        "sparseattn.evaluation.compare.reference_difference", lambda *_: {"reason": "left out"}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +260,8 @@ def make_params(spec: Variant, shape: tuple[int, ...]) -> dict[str, np.ndarray] 
     return {name: PARAMS[name](spec, shape) for name in spec.arrays} or None
 
 
-def causals(spec: Variant) -> list[bool | str]:
+@functools.cache
+def causals(spec: Variant) -> tuple[bool | str, ...]:
     """The alignments that a spec takes: a bare window refuses to go without, prefix-LM with."""
     shape = fit(spec, SHAPES[0])
     q, k, _ = make_qkv(shape)
@@ -229,7 +272,7 @@ def causals(spec: Variant) -> list[bool | str]:
             taken.append(causal)
         except sa.ArgumentError as error:
             assert "causal" in str(error)
-    return taken
+    return tuple(taken)
 
 
 EVERY_SPEC = every_spec()
@@ -253,6 +296,25 @@ def full_row(spec: Variant, heads: int) -> np.ndarray:
     """Per head: weights are normalised over the full row (selection after the softmax)."""
     specs = spec.specs if isinstance(spec, sa.PerHead) else [spec] * heads
     return np.array([getattr(one, "placement", "pre") == "post" for one in specs])
+
+
+_found: dict[bytes, Any] = {}
+
+
+def once(function: Callable[..., Any], *arrays: np.ndarray, **terms: Any) -> Any:
+    """``function(*arrays, **terms)`` of the reference; kept, since every ISA asks for the same."""
+    sha = hashlib.sha256(function.__qualname__.encode())
+    for name, x in (*enumerate(arrays), *terms.items()):
+        if isinstance(x, np.ndarray):
+            sha.update(f"{name} {x.dtype} {x.shape}".encode())
+            sha.update(np.ascontiguousarray(x))
+        else:
+            sha.update(f"{name} {x!r}".encode())
+    if len(_found) > 700:
+        _found.clear()
+    if sha.digest() not in _found:
+        _found[sha.digest()] = function(*arrays, **terms)
+    return _found[sha.digest()]
 
 
 def expected_rows(

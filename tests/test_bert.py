@@ -18,6 +18,8 @@ import sparseattn as sa
 from sparseattn.errors import ArgumentError, FileError
 from sparseattn.models import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 TOLERANCE = 2e-5  # of logits, float32; with logits of order one
 
 BERT: dict[str, Any] = {

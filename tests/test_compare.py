@@ -184,7 +184,7 @@ def test_no_logits_of_the_whole_text(monkeypatch):
     assert model.largest_head == 20
 
 
-def test_stories_separate_as_the_notes_say():
+def test_stories_separate_as_the_notes_say(no_reference):
     """On stories260K paired intervals separate what unpaired ones do not."""
     result = sa.compare(
         shared_path("models/stories260K"),

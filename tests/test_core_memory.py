@@ -13,6 +13,8 @@ from public_calls import threads
 
 from sparseattn import _core
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
 
 @pytest.fixture
 def no_failures() -> Iterator[None]:

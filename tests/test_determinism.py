@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -79,16 +79,35 @@ def test_threads_change_no_bit_of_other_calls(
     assert len(hashes) == 1
 
 
+def hashes_of_twenty(
+    hash_of: Callable[[], str], busy: bool, with_threads: Callable[[int], None]
+) -> set[str]:
+    hashes = set()
+    with load() if busy else nullcontext():
+        for _ in range(20):
+            for count in (*COUNTS, 16):
+                with_threads(count)
+                hashes.add(hash_of())
+    return hashes
+
+
+BUSY = pytest.mark.parametrize("busy", [False, True], ids=["alone", "under load"])
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("busy", [False, True], ids=["alone", "under load"])
+@BUSY
 @pytest.mark.parametrize(("spec", "causal"), CAUSAL_SPECS, ids=causal_ids)
 def test_twenty_times_the_same(
     spec: Variant, causal: bool | str, busy: bool, with_threads: Callable[[int], None]
 ) -> None:
-    hashes = set()
-    with load() if busy else threading.Lock():
-        for _ in range(20):
-            for count in (*COUNTS, 16):
-                with_threads(count)
-                hashes.add(gradient_hash(spec, causal))
-    assert len(hashes) == 1
+    assert len(hashes_of_twenty(lambda: gradient_hash(spec, causal), busy, with_threads)) == 1
+
+
+@pytest.mark.nightly
+@BUSY
+@pytest.mark.parametrize("entry", [*calls(), *model_calls()])
+def test_twenty_times_the_same_of_other_calls(
+    entry: str, busy: bool, with_threads: Callable[[int], None]
+) -> None:
+    call = (calls() | model_calls())[entry]
+    assert len(hashes_of_twenty(lambda: digest(call()), busy, with_threads)) == 1

@@ -21,6 +21,8 @@ from sparseattn.evaluation.perplexity import perplexity
 from sparseattn.evaluation.text import Block
 from sparseattn.models import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 
 @pytest.fixture(autouse=True)
 def no_reference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

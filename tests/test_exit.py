@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import sparseattn as sa
 pytestmark = pytest.mark.promise("C6")
 
 LIMIT = 20  # seconds; a hang, not a slow machine
+HANG = 5  # seconds, promised
 WORK = """
 x = __import__("numpy").ones((1, 2, 300, 16), "f4")
 assert (sa.attention(x, x, x, "topk:5", causal=True) == 1).all()
@@ -34,9 +36,9 @@ def run(code: str, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
     )
 
 
-def orders() -> list[tuple[str, ...]]:
-    """All orders of numpy, scipy and sparseattn, and with torch where it is installed."""
-    there = [name for name in ("numpy", "scipy.linalg", "torch") if installed(name.split(".")[0])]
+def orders(names: tuple[str, ...] = ("numpy", "scipy.linalg", "torch")) -> list[tuple[str, ...]]:
+    """All orders of those that are installed, and sparseattn among them."""
+    there = [name for name in names if installed(name.split(".")[0])]
     return list(itertools.permutations([*there, "sparseattn"]))
 
 
@@ -55,14 +57,23 @@ def in_order(order: tuple[str, ...]) -> None:
         }[name]
         for name in order
     )
-    done = run(imports + products, 60)
-    assert done.returncode == 0 and not done.stderr, (order, done.stderr)
+    seconds = []
+    for _ in range(2):  # torch is half a gigabyte to read the first time
+        begin = time.monotonic()
+        done = run(imports + products, 60)
+        seconds.append(time.monotonic() - begin)
+        assert done.returncode == 0 and not done.stderr, (order, done.stderr)
+        if seconds[-1] < HANG:
+            break
+    assert min(seconds) < HANG, (order, seconds)
+    print(f"{' '.join(order)}: {min(seconds):.2f} s")
 
 
 def test_orders_of_imports() -> None:
-    """The first and the last place among the others; all orders nightly."""
+    """All orders of NumPy, SciPy and this package; with torch the first and the last of all;
+    all 24 nightly."""
     every = orders()
-    for order in (every[0], every[-1]):
+    for order in dict.fromkeys((*orders(("numpy", "scipy.linalg")), every[0], every[-1])):
         in_order(order)
 
 
@@ -105,7 +116,7 @@ def leave(end: str, spec: str, wait: float) -> None:
     begin = time.monotonic()
     done = run(DAEMONS.format(spec=spec, threads=4, wait=wait, end=end))
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert time.monotonic() - begin < 5 + wait
+    assert time.monotonic() - begin < HANG + wait
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(200, marks=pytest.mark.nightly)])
@@ -133,18 +144,60 @@ after = numpys()
 x = np.ones((300, 64), np.float32)
 sa._core.linear(x, np.ascontiguousarray(x.T), None, np.empty((300, 300), np.float32), False)
 sa.Model.from_pretrained()([1, 2, 3])
+sa.attention(*[x.reshape(1, 2, 150, 64)] * 3)
 print(before, after, numpys())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into NumPy's wheel for Linux")
-@pytest.mark.parametrize("wanted", ["1", "2"])
+@pytest.mark.parametrize("wanted", ["1", "2", None])
 def test_threads_of_numpys_blas_are_left_alone(
-    wanted: str, monkeypatch: pytest.MonkeyPatch
+    wanted: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", wanted)
+    cpus = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if wanted:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", wanted)
     done = run(BLAS)
     assert done.returncode == 0, done.stderr
     before, imported, used = done.stdout.split()
     assert before == imported == used
-    assert int(before) == min(int(wanted), len(os.sched_getaffinity(0)))
+    assert int(before) == min(int(wanted or cpus), cpus)
+
+
+SPEED = """
+import time
+import numpy as np
+x = np.random.default_rng(0).standard_normal((500, 500), np.float32)
+if {ours}:
+    import sparseattn as sa
+    sa._core.linear(x, x, None, np.empty_like(x), False)
+    sa.attention(*[x[:, :480].reshape(1, 8, 500, 60)] * 3, causal=True)
+times = []
+for _ in range(300):
+    begin = time.perf_counter()
+    x @ x
+    times.append(time.perf_counter() - begin)
+print(sorted(times)[len(times) // 2])
+"""
+
+
+@pytest.mark.nightly
+def test_speed_of_numpys_blas_is_left_alone() -> None:
+    """Its products take as long in a process that has used ours as in one that has not, to 5 %: the
+    median of pairs of processes, one after the other. A busy machine gets more rounds."""
+    medians = []
+    for _ in range(4):
+        ratios = []
+        for turn in range(20):
+            seconds = {}
+            for ours in (turn % 2, 1 - turn % 2):
+                done = run(SPEED.format(ours=ours))
+                assert done.returncode == 0, done.stderr
+                seconds[ours] = float(done.stdout)
+            ratios.append(seconds[1] / seconds[0])
+        medians.append(statistics.median(ratios))
+        print(f"with ours / without: {medians[-1]:.4f}, {min(ratios):.3f} to {max(ratios):.3f}")
+        if abs(medians[-1] - 1) < 0.05:
+            break
+    assert abs(medians[-1] - 1) < 0.05, medians

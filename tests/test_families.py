@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from sparseattn.models.fields import Fields
 from sparseattn.models.incremental import Incremental
 from sparseattn.models.model import FAMILIES
 from sparseattn.positions import Rope
+
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
 
 TOLERANCE = 2e-5  # of logits, float32; with logits of order one
 
@@ -181,20 +182,6 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"rope_scaling": DYNAMIC, "tie_word_embeddings": True} | SHORT),
 ]  # fmt: skip
 OWN = [("llama", CASES[0][1]), *((family, {}) for family in DECODERS if family != "llama")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_of_torch() -> Iterator[None]:
-    """Its models are tiny here: handing them out takes longer than they do."""
-    try:
-        import torch
-    except ImportError:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def oracle(family: str, changes: dict[str, Any], folder: Path, dtype: str = "float32") -> Any:

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.promise("C3"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
+LONG = [pytest.mark.nightly, pytest.mark.timeout(1500)]
 HERE = [str(Path(__file__).parent), str(Path(sa.__path__[0]).parent)]
 
 
@@ -33,19 +34,20 @@ def right(mode: str, count: int) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=LONG)])
 @pytest.mark.parametrize("mode", ["fork", "inside"])
 def test_a_forked_child_computes(mode: str, count: int) -> None:
     assert right(mode, count) == count
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [2, pytest.param(100, marks=LONG)])
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_processes_of_multiprocessing_compute(method: str, count: int) -> None:
     assert right(f"pool:{method}", count) == count
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.nightly)])
-def test_workers_of_a_data_loader_compute(count: int) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(100, marks=LONG)])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader_compute(method: str, count: int) -> None:
     requires("torch")
-    assert right("loader", count) == count
+    assert right(f"loader:{method}", count) == count

@@ -17,6 +17,8 @@ import sparseattn as sa
 from sparseattn.errors import ArgumentError, DtypeError, FileError, NotSupported
 from sparseattn.models import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 IDS = np.random.default_rng(0).integers(3, 61, (2, 20))
 TINY = {n: v for n, v in LLAMA_CONFIG.items() if n not in ("model_type", "eos_token_id")}
 BERT = {
@@ -73,7 +75,7 @@ def test_logits_memory_and_fingerprint(name: str, tmp_path: Path) -> None:
     assert ours.folder is None and ours.tokenizer is None
 
 
-def test_compare_takes_it(tmp_path: Path) -> None:
+def test_compare_takes_it(tmp_path: Path, no_reference: None) -> None:
     """With the losses of the folder that it is saved to."""
     theirs = make("llama")
     theirs.save_pretrained(tmp_path)

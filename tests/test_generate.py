@@ -22,6 +22,8 @@ from sparseattn.models.pieces import Pieces, Stops
 from sparseattn.models.tokenizer import Tokenizer
 from sparseattn.variants.base import Variant
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 CONFIGS = {"gpt2": GPT2_CONFIG, "llama": LLAMA_CONFIG}
 WEIGHTS = {"gpt2": gpt2_weights, "llama": llama_weights}
 # What a model takes by spec alone: arrays of a variant and counts of heads belong to one model.

@@ -21,6 +21,8 @@ from tiny_models import (
 
 from sparseattn.models import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 TOLERANCE = 2e-5  # of logits, float32; with logits of order one
 
 

@@ -23,6 +23,8 @@ from tiny_models import (
 from sparseattn import _core
 from sparseattn.models import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 TOLERANCE = 2e-5  # of logits, float32; with logits of order one
 
 

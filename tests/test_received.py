@@ -3,7 +3,6 @@ structure first, arithmetic second, every spec and instruction set."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from conftest import (
     fit,
     make_params,
     make_qkv,
+    once,
     random_masks,
 )
 from reference import attention as ref
@@ -44,25 +44,12 @@ def same_bits(a: tuple[np.ndarray, Any], b: tuple[np.ndarray, Any], rows: Any = 
     )
 
 
-_scores: dict[bytes, Any] = {}
-
-
-def reference_scores(q: Any, k: Any, **terms: Any) -> tuple[np.ndarray, np.ndarray]:
-    """In float64 and in float32; kept, since all specs and instruction sets share them."""
-    parts = [x for x in (q, k, *terms.values()) if isinstance(x, np.ndarray)]
-    key = hashlib.sha256(b"".join(map(np.ndarray.tobytes, parts)) + str(terms).encode()).digest()
-    if key not in _scores:
-        _scores[key] = [ref.scores(q, k, compute=t, **terms) for t in (np.float64, np.float32)]
-    exact, naive = _scores[key]
-    return exact, naive
-
-
 def check(
     spec: Variant, q: Any, k: Any, v: Any, n: int, call: dict[str, Any], **terms: Any
 ) -> None:
     mass, top = both(q, k, v, spec, n, **call, **terms)
     kept, full = expected_rows(spec, q, k, call, **terms)
-    scores = reference_scores(q, k, **terms)
+    scores = [once(ref.scores, q, k, compute=t, **terms) for t in (np.float64, np.float32)]
     rows = kept if full is None else full
     want, naive = (np.where(kept, ref.softmax(s, rows)[0], s.dtype.type(0)) for s in scores)
     size = 1 + np.abs(scores[0]).max(initial=0)
@@ -151,7 +138,7 @@ def test_pieces_of_long_calls(
     want = ref.weights(q, k, kept)
     mass, top = got[0]
     np.testing.assert_allclose(mass, received.mass(want), rtol=3e-6, atol=1e-6)
-    check_rows(top, 8, kept, ref.scores(q, k), 1e-5)
+    check_rows(top, 8, kept, once(ref.scores, q, k), 1e-5)
     np.testing.assert_allclose(top.values, received.largest(want, kept, 8)[0], atol=1e-6)
 
 

@@ -6,7 +6,6 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -317,17 +316,8 @@ def test_compiled_functions_still_run(torch: ModuleType) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.fixture
-def one_torch_thread(torch: ModuleType) -> Iterator[None]:
-    """Its threads spin at barriers, which costs seconds where other work runs beside the tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_toy_transformer_trains_to_the_same_losses(
-    torch: ModuleType, one_torch_thread: None
+    torch: ModuleType, one_thread_of_torch: None
 ) -> None:
     from torch import nn
 

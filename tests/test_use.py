@@ -15,6 +15,8 @@ from tiny_models import GPT2_CONFIG, LLAMA_CONFIG, gpt2_weights, llama_weights, 
 import sparseattn as sa
 from sparseattn.models import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread_of_torch")
+
 # ---- our own -------------------------------------------------------------------------------------
 
 

@@ -1,17 +1,11 @@
 /* alloc.c - one line before each block remembers its size; everything else follows from that. */
-#ifdef __linux__
-#define _GNU_SOURCE /* madvise */
-#endif
-#include "base/alloc.h"
+#include "base/pages_os.h" /* first: it asks the system for more than C11 */
 
 #include <assert.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "base/alloc.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define ASAN 1
@@ -32,8 +26,6 @@
 
 enum { FILL = 0xFF, FENCE = 0xFB, PIECES = 64, SITES = 512 };
 
-#define LARGE ((size_t)4 << 20)
-#define HUGE_PAGE ((size_t)2 << 20)
 #define MAX_BYTES ((size_t)1 << (sizeof(size_t) == 8 ? 47 : 30)) /* no address space holds more */
 
 typedef struct {
@@ -97,23 +89,6 @@ count_live(int64_t bytes)
     }
 }
 
-static void *
-take_pages(size_t total)
-{
-    if (total < LARGE) {
-        return aligned_alloc(SA_ALIGN, total);
-    }
-    const size_t whole = (total + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    void *memory = aligned_alloc(HUGE_PAGE, whole);
-#ifdef MADV_HUGEPAGE
-    if (memory != NULL) {
-        (void)madvise(memory, whole,
-                      MADV_HUGEPAGE); /* refused where the kernel has none: small pages serve */
-    }
-#endif
-    return memory;
-}
-
 void *
 sa_malloc_at(size_t bytes, const char *site)
 {
@@ -122,7 +97,7 @@ sa_malloc_at(size_t bytes, const char *site)
     }
     const bool fenced = atomic_load_explicit(&poison, memory_order_relaxed);
     const size_t body = (bytes + SA_ALIGN - 1) / SA_ALIGN * SA_ALIGN;
-    unsigned char *memory = take_pages(SA_ALIGN + body + (fenced ? SA_ALIGN : 0));
+    unsigned char *memory = take_pages(SA_ALIGN, SA_ALIGN + body + (fenced ? SA_ALIGN : 0));
     if (memory == NULL) {
         return NULL;
     }
@@ -153,7 +128,7 @@ sa_free(void *memory)
         memset(memory, FILL, bytes);
     }
     atomic_fetch_sub_explicit(&live, (int64_t)bytes, memory_order_relaxed);
-    free(head);
+    give_pages(head);
 }
 
 bool

@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/environment.h"
+
 #ifdef SA_X86
 #include <cpuid.h>
 #endif
@@ -70,7 +72,8 @@ static void
 choose(void)
 {
     sa_isa isa = best_isa();
-    const char *word = getenv("SPARSEATTN_ISA");
+    char room[SA_VALUE_MAX];
+    const char *word = sa_environment("SPARSEATTN_ISA", room);
     if (word != NULL && word[0] != '\0') {
         int named = 0;
         while (named < SA_ISA_COUNT && strcmp(word, names[named]) != 0) {

@@ -1,14 +1,14 @@
 /* num_threads.c - how many threads by default: what the environment says, else the CPUs that
  * affinity and the control groups of this process grant. */
-#define _GNU_SOURCE /* sched_getaffinity */
+#include "base/cpus_os.h" /* first: it asks the system for more than C11 */
+
 #include <limits.h>
-#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
+#include "base/environment.h"
 #include "base/threads.h"
 #include "base/view.h"
 
@@ -138,22 +138,15 @@ sa_cpus_quota(const char *groups, const char *mount)
 int
 sa_cpus_affine(void)
 {
-#ifdef __linux__
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        return CPU_COUNT(&allowed);
-    }
-#endif
-    const long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 ? (int)SA_MIN(online, INT_MAX) : 1;
+    return cpus_of_process();
 }
 
 /* The number that a variable starts with ("4" or "4,2"); 0: none. */
 static int
 number_in(const char *variable)
 {
-    const char *text = getenv(variable);
-    char *end;
+    char room[SA_VALUE_MAX], *end;
+    const char *text = sa_environment(variable, room);
     if (text == NULL) {
         return 0;
     }

@@ -13,10 +13,17 @@ typedef enum {
 
 struct sa_ctx;
 
+/* The formats that printf understands: MinGW takes `printf` for those of Microsoft. */
+#ifdef __MINGW32__
+#define SA_PRINTF gnu_printf
+#else
+#define SA_PRINTF printf
+#endif
+
 /* Words a sentence in ctx like printf (the first one wins, any thread may call); returns code. */
 sa_status sa_fail(struct sa_ctx *ctx, sa_status code, const char *format, ...)
 #if defined(__GNUC__)
-    __attribute__((format(printf, 3, 4)))
+    __attribute__((format(SA_PRINTF, 3, 4)))
 #endif
     ;
 

@@ -5,8 +5,13 @@
  * that comes too late finds the gate closed and goes back to waiting: a region too short to be
  * worth a wake-up never waits for one.
  */
+#ifdef _WIN32
+#include "base/threads_windows.h"
+#else
 #include "base/threads_os.h" /* first: it asks the system for more than C11 */
+#endif
 
+#include "base/clock.h"
 #include "base/threads.h"
 #include "base/view.h"
 
@@ -71,7 +76,7 @@ spin_ns(int64_t alone)
 static unsigned
 spin(atomic_uint *word, unsigned seen, int64_t ns)
 {
-    const int64_t end = clock_ns(CLOCK_MONOTONIC) + ns;
+    const int64_t end = sa_clock_ns() + ns;
     unsigned value;
     do {
         for (int i = 0; i < 16; i++) {
@@ -81,7 +86,7 @@ spin(atomic_uint *word, unsigned seen, int64_t ns)
             }
             relax();
         }
-    } while (clock_ns(CLOCK_MONOTONIC) < end);
+    } while (sa_clock_ns() < end);
     return value;
 }
 
@@ -93,12 +98,7 @@ poll_stops(sa_ctx *ctx)
     if (ctx->poll == NULL) {
         return false;
     }
-#ifdef CLOCK_MONOTONIC_COARSE
-    const clockid_t id = CLOCK_MONOTONIC_COARSE; /* a tenth of the price; 4 ms are fine enough */
-#else
-    const clockid_t id = CLOCK_MONOTONIC;
-#endif
-    const int64_t now = clock_ns(id);
+    const int64_t now = sa_clock_coarse_ns(); /* 4 ms are fine enough */
     if (ctx->poll_at == 0) {
         ctx->poll_at = now + POLL_NS; /* Python has looked at its signals just before the call */
     }
@@ -106,7 +106,7 @@ poll_stops(sa_ctx *ctx)
         return false;
     }
     const bool stop = ctx->poll(ctx->poll_arg) != 0;
-    ctx->poll_at = clock_ns(id) + POLL_NS;
+    ctx->poll_at = sa_clock_coarse_ns() + POLL_NS;
     if (stop) {
         atomic_fetch_or(&ctx->stop, STOP_ASKED);
     }
@@ -195,7 +195,7 @@ await_call(worker *me, unsigned seen)
         int asleep = ASLEEP;
         if (!atomic_compare_exchange_strong(&me->state, &asleep, AWAKE)) {
             while (atomic_load(&me->state) != AWAKE) {
-                sched_yield();
+                yield();
             }
         }
         call = atomic_load(&me->call);
@@ -203,12 +203,13 @@ await_call(worker *me, unsigned seen)
     return call;
 }
 
-static void *
+static thread_end
 serve(void *arg)
 {
     worker *me = arg;
     unsigned seen = 0;
     place_self(&me->where);
+    (void)arithmetic_begin();
     for (;;) {
         seen = await_call(me, seen);
         place_free(&me->where);
@@ -219,7 +220,7 @@ serve(void *arg)
             leave();
         }
     }
-    return NULL;
+    return 0;
 }
 
 static void
@@ -241,26 +242,8 @@ static bool
 start_worker(int slot)
 {
     worker *me = &pool.workers[slot];
-    pthread_attr_t attr;
-    pthread_t thread;
-    sigset_t block, before;
-
     me->slot = slot;
-    if (pthread_attr_init(&attr) != 0) {
-        return false;
-    }
-    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attr, STACK_BYTES);
-    sigfillset(&block); /* signals are for threads that run Python; faults stay where they happen */
-    const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS};
-    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) {
-        sigdelset(&block, faults[i]);
-    }
-    pthread_sigmask(SIG_SETMASK, &block, &before);
-    const bool made = pthread_create(&thread, &attr, serve, me) == 0;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attr);
-    return made;
+    return start_thread(serve, me, STACK_BYTES);
 }
 
 /* ---- fork ---- */
@@ -290,8 +273,7 @@ static void
 prepare(void)
 {
     pool.cpus = sa_cpus_affine();
-    make_mark();
-    pthread_atfork(NULL, NULL, forget_workers);
+    watch_forks(forget_workers);
     pool.prepared = true;
 }
 
@@ -313,8 +295,8 @@ static void
 wait_workers(sa_ctx *ctx)
 {
     unsigned gate = atomic_fetch_and(&pool.gate, ~OPEN) & ~OPEN;
-    const int64_t end = gate != 0 ? clock_ns(CLOCK_MONOTONIC) + spin_ns(CALLER_SPIN_NS) : 0;
-    while (gate != 0 && clock_ns(CLOCK_MONOTONIC) < end) {
+    const int64_t end = gate != 0 ? sa_clock_ns() + spin_ns(CALLER_SPIN_NS) : 0;
+    while (gate != 0 && sa_clock_ns() < end) {
         gate = spin(&pool.gate, gate, CROWDED_SPIN_NS);
     }
     while (gate != 0) {
@@ -350,8 +332,8 @@ run_region(sa_ctx *ctx, int threads)
     return (stop & ~STOP_FAILED) ? SA_ESTOP : (sa_status)atomic_load(&pool.status);
 }
 
-sa_status
-sa_parallel(sa_ctx *ctx, int64_t n_tasks, sa_task_fn fn, void *arg)
+static sa_status
+run(sa_ctx *ctx, int64_t n_tasks, sa_task_fn fn, void *arg)
 {
     int threads = (int)SA_MIN((int64_t)sa_num_threads(), n_tasks);
     if (ctx->slots > 0) {
@@ -371,6 +353,15 @@ sa_parallel(sa_ctx *ctx, int64_t n_tasks, sa_task_fn fn, void *arg)
     atomic_store_explicit(&pool.crowded, threads > pool.cpus, memory_order_relaxed);
     const sa_status status = run_region(ctx, threads);
     atomic_store(&pool.busy, false);
+    return status;
+}
+
+sa_status
+sa_parallel(sa_ctx *ctx, int64_t n_tasks, sa_task_fn fn, void *arg)
+{
+    const arithmetic before = arithmetic_begin();
+    const sa_status status = run(ctx, n_tasks, fn, arg);
+    arithmetic_end(before);
     return status;
 }
 

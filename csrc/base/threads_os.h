@@ -1,4 +1,5 @@
-/* threads_os.h - what the pool asks of the system: Linux, else POSIX. For threads.c alone. */
+/* threads_os.h - what the pool asks of the system: Linux, else POSIX; threads_windows.h is the
+ * other one. For threads.c alone. */
 #ifndef SA_THREADS_OS_H
 #define SA_THREADS_OS_H
 
@@ -18,6 +19,57 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #endif
+
+/* ---- threads ---- */
+
+typedef void *thread_end;
+
+/* Detached. Signals are for threads that run Python; faults stay where they happen. */
+static bool
+start_thread(thread_end (*run)(void *), void *arg, size_t stack_bytes)
+{
+    pthread_attr_t attr;
+    pthread_t thread;
+    sigset_t block, before;
+
+    if (pthread_attr_init(&attr) != 0) {
+        return false;
+    }
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attr, stack_bytes);
+    sigfillset(&block);
+    const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS};
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) {
+        sigdelset(&block, faults[i]);
+    }
+    pthread_sigmask(SIG_SETMASK, &block, &before);
+    const bool made = pthread_create(&thread, &attr, run, arg) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attr);
+    return made;
+}
+
+static void
+yield(void)
+{
+    sched_yield();
+}
+
+/* ---- arithmetic: the same in every thread ---- */
+
+typedef int arithmetic;
+
+static arithmetic
+arithmetic_begin(void)
+{
+    return 0;
+}
+
+static void
+arithmetic_end(arithmetic before)
+{
+    (void)before;
+}
 
 /* ---- sleeping and waking ---- */
 
@@ -93,14 +145,6 @@ relax(void)
 #elif defined(__aarch64__)
     __asm__ volatile("isb");
 #endif
-}
-
-static int64_t
-clock_ns(clockid_t id)
-{
-    struct timespec t;
-    clock_gettime(id, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 /* ---- where threads run ---- */
@@ -191,8 +235,9 @@ mark_process(void)
     atomic_store(&mark_pid, (int)getpid());
 }
 
+/* Marks this process, and has in_child called in its forked children. */
 static void
-make_mark(void)
+watch_forks(void (*in_child)(void))
 {
 #ifdef MADV_WIPEONFORK
     const size_t bytes = (size_t)sysconf(_SC_PAGESIZE);
@@ -205,6 +250,7 @@ make_mark(void)
     }
 #endif
     mark_process();
+    pthread_atfork(NULL, NULL, in_child);
 }
 
 static bool

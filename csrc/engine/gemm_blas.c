@@ -4,16 +4,16 @@
  * must not. An OpenBLAS that cannot be held at one thread, or that counts in 64-bit integers, is
  * refused.
  */
-#if defined(__linux__)
-#define _GNU_SOURCE /* environ */
+#ifdef _WIN32
+#include "engine/library_windows.h"
+#else
+#include "engine/library_os.h" /* first: it asks the system for more than C11 */
 #endif
-#include <dlfcn.h>
-#include <sched.h>
+
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "engine/blas.h"
 #include "engine/gemm.h"
@@ -29,13 +29,13 @@ static atomic_int opener; /* process id of who holds the lock: a lock held acros
 static void
 lock(void)
 {
-    const int self = (int)getpid();
+    const int self = process_id();
     int holder = 0;
     while (!atomic_compare_exchange_strong(&opener, &holder, self)) {
         if (holder != self && atomic_compare_exchange_strong(&opener, &holder, self)) {
             return; /* our parent held it when we were forked */
         }
-        sched_yield();
+        yield();
         holder = 0;
     }
 }
@@ -46,66 +46,16 @@ unlock(void)
     atomic_store(&opener, 0);
 }
 
-#if defined(__linux__)
-/* OpenBLAS takes the size of its thread server from the environment while it loads, and starts it
- * at once: a thread a core, which openblas_set_num_threads(1) does not end. So meanwhile `environ`
- * points to a copy that asks for one thread, which starts none. setenv would move entries under a
- * thread that reads them; here readers see one whole array or the other, and the copy is never
- * freed. */
-#define MAX_ENTRIES 4096
-static char *entries[MAX_ENTRIES];
-
-static char **
-lend_environ(void)
-{
-    static char one_thread[] = "OPENBLAS_NUM_THREADS=1";
-    char **const kept = environ;
-    int n = 0;
-    for (char **entry = kept; entry != NULL && *entry != NULL; entry++) {
-        if (n + 2 >= MAX_ENTRIES) {
-            return kept;
-        }
-        if (strncmp(*entry, one_thread, sizeof "OPENBLAS_NUM_THREADS") != 0) {
-            entries[n++] = *entry;
-        }
-    }
-    entries[n++] = one_thread;
-    entries[n] = NULL;
-    environ = entries;
-    return kept;
-}
-
-static void
-return_environ(char **kept)
-{
-    if (environ == entries) {
-        environ = kept;
-    }
-}
-#else
-static char **
-lend_environ(void)
-{
-    return NULL;
-}
-
-static void
-return_environ(char **kept)
-{
-    (void)kept;
-}
-#endif
-
 /* Sets the function pointer at `function` to the symbol as the scipy-openblas wheels spell it, or
- * as distributions do. Copied as bytes: C has no conversion from dlsym's object pointer. */
+ * as distributions do. Copied as bytes: C has no conversion from an object pointer. */
 static bool
 find(void *library, const char *name, void *function)
 {
     char prefixed[64];
     snprintf(prefixed, sizeof prefixed, "scipy_%s", name);
-    void *symbol = dlsym(library, prefixed);
+    void *symbol = find_symbol(library, prefixed);
     if (symbol == NULL) {
-        symbol = dlsym(library, name);
+        symbol = find_symbol(library, name);
     }
     memcpy(function, &symbol, sizeof symbol);
     return symbol != NULL;
@@ -114,11 +64,8 @@ find(void *library, const char *name, void *function)
 static bool
 open_library(void)
 {
-    char **const kept = lend_environ();
-    void *const library = dlopen(blas_path, RTLD_NOW | RTLD_LOCAL);
-    return_environ(kept);
+    void *const library = open_blas(blas_path, blas_words, sizeof blas_words);
     if (library == NULL) {
-        snprintf(blas_words, sizeof blas_words, "tiles (%.400s)", dlerror());
         return false;
     }
     void (*set_threads)(int);

@@ -2,8 +2,8 @@
 #include "python/module.h"
 
 #include <stdatomic.h>
-#include <time.h>
 
+#include "base/clock.h"
 #include "base/threads.h"
 #include "engine/problem.h"
 #include "engine/select.h"
@@ -15,9 +15,7 @@ enum { READ_PIECE = 4096, READ_FEW = 8 }; /* how attend cuts the keys of a decod
 static double
 seconds(void)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return 1e-9 * (double)sa_clock_ns();
 }
 
 /* Tasks that do nothing, but wait for each other: without that the caller would be through before

@@ -195,6 +195,22 @@ add_errors(PyObject *module, py_state *s)
                      s->error, PyExc_RuntimeError);
 }
 
+#ifdef _WIN32
+#define SLASHES "/\\"
+#else
+#define SLASHES "/"
+#endif
+
+static Py_ssize_t
+folder_length(const char *path)
+{
+    const char *name = path;
+
+    for (const char *at; (at = strpbrk(name, SLASHES)); name = at + 1) {
+    }
+    return name - path;
+}
+
 /* Tells the core where OpenBLAS lies: a relative name with a slash counts from the module. */
 static int
 find_blas(PyObject *module)
@@ -204,7 +220,7 @@ find_blas(PyObject *module)
     if (name[0] == '\0') {
         return 0;
     }
-    if (name[0] == '/' || !strchr(name, '/')) {
+    if (name[0] == '/' || name[1] == ':' || !strchr(name, '/')) {
         sa_blas_path_set(name);
         return 0;
     }
@@ -214,9 +230,7 @@ find_blas(PyObject *module)
         return 0;
     }
     if (PyUnicode_FSConverter(file, &path)) {
-        const char *slash = strrchr(PyBytes_AS_STRING(path), '/');
-        const Py_ssize_t folder = slash ? slash + 1 - PyBytes_AS_STRING(path) : 0;
-        if (_PyBytes_Resize(&path, folder) == 0) {
+        if (_PyBytes_Resize(&path, folder_length(PyBytes_AS_STRING(path))) == 0) {
             PyBytes_ConcatAndDel(&path, PyBytes_FromString(name));
         }
     }

@@ -20,8 +20,12 @@ from sparseattn.errors import ArgumentError, FileError
 
 try:
     import fcntl
-except ImportError:  # not POSIX: two runs on one folder go unnoticed
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:  # not Windows
+    msvcrt = None  # type: ignore[assignment]
 
 __all__ = ["Records", "check_writable", "save_file", "write_whole"]
 
@@ -151,7 +155,7 @@ class Records:
                 f"cannot go on: name another folder or delete {whole.name}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | O_CLOEXEC, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | FLAGS, 0o666)
         lines, end = _read_lines(self._file)
         _lock(self._file, folder, lines)
         lines, end = _read_lines(self._file)  # the process before us may have just ended
@@ -198,7 +202,9 @@ class Records:
 
 
 OWN_IDS = frozenset({"settings", "owner"})
-O_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+# The second: Windows would write two bytes for each end of a line.
+FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+LOCK_AT = 0x7FFFFFFE  # Windows keeps others from the very byte that is locked: far behind the text
 
 
 def _read_lines(file: int) -> tuple[list[dict[str, Any]], int]:
@@ -219,11 +225,9 @@ def _read_lines(file: int) -> tuple[list[dict[str, Any]], int]:
 
 def _lock(file: int, folder: Path, lines: list[dict[str, Any]]) -> None:
     """Take the folder, or name the process that has it; a dead process holds no lock."""
-    if fcntl is None:
-        return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        _take(file)
+    except (BlockingIOError, PermissionError):
         owner: dict[str, Any] = next((r for r in reversed(lines) if r["id"] == "owner"), {})
         raise FileError(
             f"output folder {folder} is in use by process {owner.get('pid', '?')} on "
@@ -231,6 +235,15 @@ def _lock(file: int, folder: Path, lines: list[dict[str, Any]]) -> None:
         ) from None
     except OSError:
         pass  # a file system without locks
+
+
+def _take(file: int) -> None:
+    """Lock the file until it is closed; an OSError where another process has it, or none can."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif msvcrt is not None:
+        os.lseek(file, LOCK_AT, os.SEEK_SET)
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
 
 
 def _short(value: Any) -> str:

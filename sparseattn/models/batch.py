@@ -85,7 +85,7 @@ def check_tokens(config: Config, tokens: ArrayLike) -> Ids:
     if isinstance(tokens, str):
         raise DtypeError("tokens is a str: give model.tokenizer.encode(text)'s ids")
     try:
-        ids = np.asarray(tokens)
+        ids = np.array(tokens)  # ours alone: what is checked is what is read
     except ValueError:
         raise ArgumentError("tokens has rows of different lengths: pad or split them") from None
     if ids.ndim not in (1, 2) or ids.size == 0:
@@ -104,14 +104,14 @@ def check_tokens(config: Config, tokens: ArrayLike) -> Ids:
             f"tokens has length {ids.shape[-1]}, but this model has {config.context} "
             "positions: give shorter blocks"
         )
-    return ids.astype(np.int64)
+    return ids.astype(np.int64, copy=False)
 
 
 def check_types(config: Config, token_types: Any, shape: tuple[int, ...]) -> Ids:
     """Kinds of segments as int64, known to be in range."""
     if not config.token_types:
         raise ArgumentError(f"token_types is given, but {config.family} knows none: leave it out")
-    types = np.asarray(token_types)
+    types = np.array(token_types)  # ours alone, as the tokens are
     if types.shape != shape:
         raise ArgumentError(
             f"token_types must have the shape of tokens, {shape}: got {types.shape}"
@@ -121,4 +121,4 @@ def check_types(config: Config, token_types: Any, shape: tuple[int, ...]) -> Ids
     if types.min() < 0 or types.max() >= config.token_types:
         bad = int(types.min() if types.min() < 0 else types.max())
         raise ArgumentError(f"token_types holds {bad}: give 0 to {config.token_types - 1}")
-    return types.astype(np.int64)
+    return types.astype(np.int64, copy=False)

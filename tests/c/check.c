@@ -7,9 +7,16 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _WIN32
+#include "base/windows_lean.h"
+#else
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#endif
 
 enum { SHOWN = 5 }; /* failures printed per case */
 
@@ -60,6 +67,51 @@ check_end(void)
     return passed == cases && cases > 0 ? 0 : 1;
 }
 
+#ifdef _WIN32
+/* No fork: the program is started again, and finds both where they lie in its image. */
+static const char child_word[] = "--child";
+
+int
+check_child(int (*run)(void *arg), void *arg)
+{
+    const uintptr_t image = (uintptr_t)GetModuleHandleA(NULL);
+    STARTUPINFOA how = {.cb = sizeof how};
+    PROCESS_INFORMATION child;
+    char path[MAX_PATH], line[128];
+    DWORD code = STILL_ACTIVE;
+
+    snprintf(line, sizeof line, "selftest %s %lld %lld", child_word,
+             (long long)((uintptr_t)run - image),
+             arg != NULL ? (long long)((uintptr_t)arg - image) : 0LL);
+    fflush(stdout);
+    GetModuleFileNameA(NULL, path, sizeof path);
+    if (!CreateProcessA(path, line, NULL, NULL, FALSE, 0, NULL, NULL, &how, &child)) {
+        return -1;
+    }
+    if (WaitForSingleObject(child.hProcess, 20000) == WAIT_OBJECT_0) {
+        GetExitCodeProcess(child.hProcess, &code);
+    } else {
+        TerminateProcess(child.hProcess, 1);
+    }
+    CloseHandle(child.hThread);
+    CloseHandle(child.hProcess);
+    return code <= 100 ? (int)code : -1;
+}
+
+bool
+check_is_child(int argc, char **argv, int *code)
+{
+    if (argc != 4 || strcmp(argv[1], child_word) != 0) {
+        return false;
+    }
+    const uintptr_t image = (uintptr_t)GetModuleHandleA(NULL);
+    const long long run = atoll(argv[2]), arg = atoll(argv[3]);
+    *code = ((int (*)(void *))(image + (uintptr_t)run))(arg != 0 ? (void *)(image + (uintptr_t)arg)
+                                                                 : NULL);
+    return true;
+}
+
+#else
 int
 check_child(int (*run)(void *arg), void *arg)
 {
@@ -79,6 +131,14 @@ check_child(int (*run)(void *arg), void *arg)
     waitpid(child, NULL, 0);
     return -1;
 }
+
+bool
+check_is_child(int argc, char **argv, int *code)
+{
+    (void)argc, (void)argv, (void)code;
+    return false;
+}
+#endif
 
 bool
 check_near(double got, double want, double bound)

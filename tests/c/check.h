@@ -5,6 +5,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "base/status.h"
+
 /* What programs under a sanitizer may not do is left out there. */
 #ifdef __has_feature
 #if __has_feature(address_sanitizer)
@@ -26,11 +28,11 @@
 #endif
 
 /* Begins a case and closes the one before; a case passes when no CHECK in it failed. */
-void check_case(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void check_case(const char *format, ...) __attribute__((format(SA_PRINTF, 1, 2)));
 
 /* Returns ok; when false the sentence is printed and the case has failed. */
 bool check_that(bool ok, const char *file, int line, const char *format, ...)
-    __attribute__((format(printf, 4, 5)));
+    __attribute__((format(SA_PRINTF, 4, 5)));
 
 #define CHECK(ok, ...) check_that((ok), __FILE__, __LINE__, __VA_ARGS__)
 
@@ -38,8 +40,12 @@ bool check_that(bool ok, const char *file, int line, const char *format, ...)
 int check_end(void);
 
 /* Runs it in a forked child: what it returned (0 .. 100), or -1 when it was killed or took longer
- * than 20 seconds. */
+ * than 20 seconds. Windows has no fork: there arg is static (or NULL), and as it was initialised.
+ */
 int check_child(int (*run)(void *arg), void *arg);
+
+/* For main: whether this is such a child of Windows; then it has run, and this is its code. */
+bool check_is_child(int argc, char **argv, int *code);
 
 /* Whether the error of `got` against `want` is at most `bound`; NaN equals NaN, infinities must
  * agree. */

@@ -42,9 +42,14 @@ static const struct {
 int
 main(int argc, char **argv)
 {
+    int code;
+    sa_poison_set(true); /* a forgotten value is a NaN, pieces stand apart */
+    if (check_is_child(argc, argv, &code)) {
+        return code;
+    }
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         if (argc < 2 || strstr(tests[i].name, argv[1]) != NULL) {
-            sa_poison_set(true); /* a forgotten value is a NaN, pieces stand apart */
+            sa_poison_set(true);
             numbers_seed(i);
             tests[i].run();
             sa_scratch_trim();

@@ -1,13 +1,18 @@
-/* test_fork.c - the pool in forked children, and at the end of a process. */
+/* test_fork.c - the pool in forked children, and at the end of a process: all that Windows has. */
 #define _GNU_SOURCE /* syscall */
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
+#ifndef _WIN32
+#include <sys/wait.h>
+#endif
 
 #include "base/ctx.h"
 #include "base/threads.h"
@@ -44,12 +49,6 @@ use_pool(void *arg)
     return 0;
 }
 
-static int
-use_pool_and_fork(void *arg)
-{
-    return use_pool(arg) + check_child(use_pool, arg);
-}
-
 static atomic_bool quit, running;
 
 static sa_status
@@ -73,6 +72,13 @@ stay_inside(void *arg)
     sa_parallel(ctx, 3, run_until_quit, arg);
     sa_ctx_release(ctx);
     return NULL;
+}
+
+#ifndef _WIN32
+static int
+use_pool_and_fork(void *arg)
+{
+    return use_pool(arg) + check_child(use_pool, arg);
 }
 
 static void
@@ -159,6 +165,7 @@ fork_inside(void *arg)
     waitpid(forked, &status, 0);
     return result == SA_OK && status == 0 ? 0 : 1;
 }
+#endif
 
 /* main() returns while a detached thread is inside a region. */
 static int
@@ -179,14 +186,20 @@ exit_inside(void *arg)
 void
 sa_selftest_fork(void)
 {
+#ifndef _WIN32
     check_forks();
+#endif
 #ifdef __linux__
     if (!CHECK_TSAN) { /* which takes parent and child for one process */
         check_bare_clone();
     }
 #endif
+#ifndef _WIN32
     check_case("a fork from inside a region is reported in the child");
     CHECK(check_child(fork_inside, NULL) == 0, "lost tasks went unnoticed");
+#endif
+    check_case("the pool works in a process of its own");
+    CHECK(check_child(use_pool, NULL) == 0, "in a child");
     if (!CHECK_ASAN) { /* whose leak check would wait for the parent's threads */
         check_case("a process ends while a region runs");
         const int code = check_child(exit_inside, NULL);

@@ -86,7 +86,7 @@ check_axpys_nan(const sa_tile *t)
         real_put(t, v.row[1], at, NAN);
         t->axpys(o, p, numbers_below(2) ? seen : NULL, (const void *const *)v.row, 3, dim);
         for (int c = 0; c < dim; c++) {
-            CHECK(isnan(real_get(t, o, c)) == (c == at), "column %d is %g", c, real_get(t, o, c));
+            CHECK(!isnan(real_get(t, o, c)) == (c != at), "column %d is %g", c, real_get(t, o, c));
         }
         rows_free(&v);
         sa_free(p);

@@ -119,8 +119,8 @@ def attention(
     algorithms 4.1); lse is then the full row's.
     """
     terms = {"scale": scale, "softcap": softcap, "bias": bias, "compute": compute}
-    w = weights(q, k, see, full=full, **terms)
-    lse = softmax(scores(q, k, **terms), see if full is None else full)[1]
+    w, lse = softmax(scores(q, k, **terms), see if full is None else full)
+    w = np.where(see, w, w.dtype.type(0))
     v = repeat_heads(v, q.shape[-3]).astype(compute)
     # An unseen value counts nothing, whatever it holds: 0 * NaN is not 0.
     used = see.any(-2)
