@@ -203,20 +203,35 @@ sa_attend_carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *
            sa_take(arena, &s->factor, w * real) + sa_take(arena, &s->lse, w * real);
 }
 
-sa_query
-sa_group_query(const sa_group *g, int64_t head, int64_t i)
+/* In place, and each field once: a copy would wait for the stores of its parts. */
+static void
+set_query(const sa_group *g, int64_t head, int64_t i, sa_query *q)
 {
     const sa_plan *const plan = g->plan;
-    sa_query q = {.head = head, .i = i};
     const int64_t see = (plan->see_maps > 1 ? g->b : 0) * plan->n_q + i;
-    q.see_lo = q.band_lo = plan->see_lo[see];
-    q.see_hi = q.band_hi = plan->see_hi[see];
+    const int32_t see_lo = plan->see_lo[see], see_hi = plan->see_hi[see];
+    int32_t band_lo = see_lo, band_hi = see_hi;
     if (plan->band_lo != NULL) {
         const int64_t band = (plan->band_maps > 1 ? g->map : 0) * plan->n_q + i;
-        q.band_lo = SA_MAX(q.see_lo, plan->band_lo[band]);
-        q.band_hi = SA_MIN(q.see_hi, plan->band_hi[band]);
+        band_lo = SA_MAX(see_lo, plan->band_lo[band]);
+        band_hi = SA_MIN(see_hi, plan->band_hi[band]);
     }
-    return q;
+    q->head = head;
+    q->i = i;
+    q->see_lo = see_lo;
+    q->see_hi = see_hi;
+    q->band_lo = band_lo;
+    q->band_hi = band_hi;
+}
+
+int32_t
+sa_group_sees_to(const sa_group *g, int64_t i)
+{
+    const sa_plan *const plan = g->plan;
+    const int32_t see = plan->see_hi[(plan->see_maps > 1 ? g->b : 0) * plan->n_q + i];
+    return plan->band_hi == NULL
+               ? see
+               : SA_MIN(see, plan->band_hi[(plan->band_maps > 1 ? g->map : 0) * plan->n_q + i]);
 }
 
 void
@@ -233,10 +248,13 @@ sa_group_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_he
     g->next_end = last ? end : sa_plan_block_end(plan, block + 1);
     for (int64_t first = 0; first < rows; first += most) {
         g->n_rows = (int)SA_MIN(most, rows - first);
+        int64_t h = head + first / (end - begin), i = begin + first % (end - begin);
         for (int r = 0; r < g->n_rows; r++) {
-            const int64_t at = first + r;
-            g->s.query[r] =
-                sa_group_query(g, head + at / (end - begin), begin + at % (end - begin));
+            set_query(g, h, i, &g->s.query[r]);
+            if (++i == end) {
+                i = begin;
+                h++;
+            }
         }
         g->run(g, rows);
     }

@@ -97,8 +97,8 @@ int64_t sa_part_heads(const sa_problem *p, const sa_part *part);
  * a walk. last: no block of the task comes after it. */
 void sa_group_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_heads);
 
-/* Row i of a head, with what it sees. */
-sa_query sa_group_query(const sa_group *g, int64_t head, int64_t i);
+/* One past the last key that row i of the group's heads sees. */
+int32_t sa_group_sees_to(const sa_group *g, int64_t i);
 sa_cursor sa_cursor_start(const sa_group *g);
 bool sa_cursor_next(sa_cursor *c, sa_key_tile *tile);
 /* Fills k_row, v_row; copies rows to scratch where in_place is false. */
@@ -145,19 +145,6 @@ sa_rows_in_place(const sa_view *v, int64_t dim, size_t real_bytes)
     const int64_t step = v->stride[2] * (int64_t)real_bytes;
     return sa_dtype_size(v->dtype) == real_bytes &&
            (step == dim * (int64_t)real_bytes || step % 1024 != 0);
-}
-
-/* Asks for a row of an array, where there is one. */
-static inline void
-sa_prefetch_row(const sa_view *v, int64_t b, int64_t h, int64_t row)
-{
-    if (v->data != NULL) {
-        const char *const at = sa_view_row(*v, b, h, row);
-        const size_t bytes = (size_t)v->size[3] * sa_dtype_size(v->dtype);
-        for (size_t x = 0; x < bytes; x += 64) {
-            __builtin_prefetch(at + x, 0, 2);
-        }
-    }
 }
 
 void sa_attend_strips(sa_group *g); /* tile path */

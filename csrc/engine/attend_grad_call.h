@@ -2,7 +2,7 @@
 #ifndef SA_ATTEND_GRAD_CALL_H
 #define SA_ATTEND_GRAD_CALL_H
 
-#include "engine/attend_call.h"
+#include "engine/ahead.h"
 #include "engine/attend_grad.h"
 
 /* A head's rows and keys are cut into `runs` runs each. In round r the rows of run x meet the keys
@@ -31,12 +31,18 @@ typedef struct {
     int64_t ld;
 } sa_grad_rows_at;
 
+/* Keys [lo, hi) of each row of a group. */
+typedef struct {
+    int32_t lo[SA_STRIP_MAX * SA_GROUP_STRIPS], hi[SA_STRIP_MAX * SA_GROUP_STRIPS];
+} sa_grad_sight;
+
 /* One group of query rows of one block; a sa_group to who does not know better. */
 typedef struct sa_grad_group {
     sa_group g;
     const sa_grad_call *call;
     sa_grad_scratch s;
     int w, n_strips;
+    sa_grad_sight see, band; /* what the rows see of spans of either kind; none past the last row */
     int64_t step;            /* reals between strips of p, ds, seen */
     sa_grad_rows_at q, dout; /* of the group, as they lie     */
     double ds_scale;         /* what multiplies ds: scale for dq and dk, 1 for dbias         */
@@ -44,7 +50,9 @@ typedef struct sa_grad_group {
     bool sums;               /* dk or dv is wanted                                           */
     bool plain;              /* a score is scale q.k and no more                             */
     int64_t cleared;         /* first key of the task whose dk and dv nobody has set to 0 yet */
-    int rows_finite;         /* whether q and dout of the group are; -1: not looked at yet   */
+    sa_ahead ahead;
+    int64_t finite_lo, finite_hi; /* keys whose rows of k have been found finite */
+    int rows_finite;              /* whether q and dout of the group are; -1: not looked at yet   */
     /* dbias: takes ds of row r, [key]; r < 0: of the rows of strip `strip`. NULL otherwise. */
     void (*bias_sums)(struct sa_grad_group *g, int r, const sa_key_tile *tile, int a, int n);
     int strip;

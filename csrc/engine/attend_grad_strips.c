@@ -16,8 +16,13 @@ typedef struct {
 typedef struct {
     int a, b;
     bool clipped;
-    int32_t lo[SA_STRIP_MAX], hi[SA_STRIP_MAX];
+    const int32_t *lo, *hi;
 } sight;
+
+/* Rows of the group that may see a key of the tile. */
+typedef struct {
+    int32_t begin[SA_TILE_KEYS], end[SA_TILE_KEYS];
+} key_rows;
 
 static strip
 strip_at(const sa_grad_group *gg, int x)
@@ -62,10 +67,15 @@ load_group(const sa_grad_group *gg, char *copy, sa_view from, int64_t dim)
 static bool
 group_finite(const sa_grad_group *gg, sa_grad_rows_at rows, int64_t dim)
 {
+    const int n = rows.at != NULL ? gg->g.n_rows : 0;
     bool finite = true;
-    for (int r = 0; r < gg->g.n_rows && rows.at != NULL; r++) {
-        const void *const row = rows.at + r * rows.ld * (int64_t)gg->g.call->real_bytes;
-        finite = finite && gg->g.call->tile->finite(&row, 1, (int)dim);
+    for (int first = 0; first < n && finite; first += SA_STRIP_MAX) {
+        const int some = SA_MIN(SA_STRIP_MAX, n - first);
+        const void *row[SA_STRIP_MAX];
+        for (int r = 0; r < some; r++) {
+            row[r] = rows.at + (first + r) * rows.ld * (int64_t)gg->g.call->real_bytes;
+        }
+        finite = gg->g.call->tile->finite(row, some, (int)dim);
     }
     return finite;
 }
@@ -135,33 +145,30 @@ strip_end(const sa_grad_group *gg, strip st)
 }
 
 static sight
-look(const sa_grad_group *gg, strip st, const sa_key_tile *tile)
+look(const sa_grad_group *gg, strip st, const sa_key_tile *tile, int32_t *lo, int32_t *hi)
 {
-    sight s = {.a = 0, .b = tile->n};
+    const sa_grad_sight *const all = tile->kind == SA_TILE_BAND ? &gg->band : &gg->see;
+    const int32_t *const row_lo = all->lo + st.first, *const row_hi = all->hi + st.first;
+    const int32_t n = tile->n, first = tile->keys[0];
+    int32_t a = n, b = 0, most_lo = 0, least_hi = n;
     if (tile->kind == SA_TILE_FULL) {
-        return s;
+        return (sight){.a = 0, .b = n, .lo = lo, .hi = hi};
     }
-    s.a = tile->n;
-    s.b = 0;
     for (int r = 0; r < st.wide; r++) {
-        s.lo[r] = s.hi[r] = 0;
-        if (r < st.rows) {
-            sa_query_range(&gg->g.s.query[st.first + r], tile, &s.lo[r], &s.hi[r]);
-        }
-        if (s.lo[r] < s.hi[r]) {
-            s.a = SA_MIN(s.a, s.lo[r]);
-            s.b = SA_MAX(s.b, s.hi[r]);
-        }
+        const int32_t from = SA_MAX(row_lo[r] - first, 0), to = SA_MIN(row_hi[r] - first, n);
+        lo[r] = from < to ? from : n;
+        hi[r] = from < to ? to : 0;
+        a = SA_MIN(a, lo[r]);
+        b = SA_MAX(b, hi[r]);
+        most_lo = SA_MAX(most_lo, lo[r]);
+        least_hi = SA_MIN(least_hi, hi[r]);
     }
-    for (int r = 0; r < st.rows; r++) {
-        s.clipped = s.clipped || s.lo[r] > s.a || s.hi[r] < s.b;
-    }
-    return s;
+    return (sight){a, b, most_lo > a || least_hi < b, lo, hi};
 }
 
 /* p and ds of keys [a, b), whatever happens to scores; seen where wanted. */
 static void
-weights_any(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s,
+weights_any(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s,
             const sa_clip *clip, bool seen)
 {
     const sa_problem *const pr = gg->g.call->p;
@@ -197,27 +204,6 @@ weights_any(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const si
                     drops ? gg->g.s.keep : NULL, w, st.wide, n, st.lse, st.delta, pr->softcap);
 }
 
-/* The same where a score is scale q.k and no more. */
-static void
-weights_plain(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s,
-              const sa_clip *clip, bool seen)
-{
-    const sa_problem *const pr = gg->g.call->p;
-    const sa_tile *const t = gg->g.call->tile;
-    const int n = s->b - s->a, w = gg->w;
-    const size_t at = (size_t)(s->a * w) * gg->g.call->real_bytes;
-    t->strip_weights(st.p + at, st.qt, w, st.wide, tile->k_row + s->a, n, (int)pr->dim, st.lse,
-                     clip);
-    t->strip_grads(st.ds + at, st.p + at, st.dot, w, st.wide, tile->v_row + s->a, n, (int)pr->dim_v,
-                   st.delta, clip);
-    if (seen) {
-        t->fill(st.seen + at, (int64_t)n * w, 0.0);
-        if (clip != NULL) {
-            t->clip(st.seen + at, w, st.wide, n, clip);
-        }
-    }
-}
-
 /* Rows of p, ds and seen that the strip does not see count as nothing. */
 static void
 clear_rows(const sa_grad_group *gg, strip st, int from, int to, bool seen)
@@ -234,110 +220,211 @@ clear_rows(const sa_grad_group *gg, strip st, int from, int to, bool seen)
     }
 }
 
-/* p, ds of one strip and tile, and dq += ds k. */
+/* Keys [a, b) of a tile against columns [r0, r0 + wide) of a strip. */
+typedef struct {
+    int r0, wide, a, b;
+} piece;
+
+enum { MOST_PIECES = 1 + SA_STRIP_MAX }; /* two for each vector, of two reals at least */
+
+/* As in the forward: all columns over the keys that every vector of rows reaches, then each vector
+ * over what only it reaches, so that little is computed to be thrown away. The first may be empty.
+ * Returns how many. */
+static int
+cut(int lanes, strip st, const sight *s, piece *to)
+{
+    int n = 1, a = s->a, b = s->b, first[SA_STRIP_MAX], end[SA_STRIP_MAX];
+    for (int r0 = 0; r0 < st.wide && s->clipped; r0 += lanes) {
+        first[r0] = s->b;
+        end[r0] = s->a;
+        for (int r = r0; r < r0 + lanes; r++) {
+            first[r0] = SA_MIN(first[r0], s->lo[r]);
+            end[r0] = SA_MAX(end[r0], s->hi[r]);
+        }
+        a = SA_MAX(a, first[r0]);
+        b = SA_MIN(b, end[r0]);
+    }
+    to[0] = (piece){0, st.wide, a, SA_MAX(a, b)};
+    b = to[0].b;
+    for (int r0 = 0; r0 < st.wide && s->clipped; r0 += lanes) {
+        to[n] = (piece){r0, lanes, first[r0], SA_MIN(a, end[r0])};
+        n += to[n].a < to[n].b;
+        to[n] = (piece){r0, lanes, SA_MAX(b, first[r0]), end[r0]};
+        n += to[n].a < to[n].b;
+    }
+    return n;
+}
+
+/* p and ds of a piece where a score is scale q.k and no more. */
 static void
-strip_tile(const sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s, bool seen,
-           bool k_finite)
+weights_plain(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s, piece at,
+              bool seen)
 {
     const sa_problem *const pr = gg->g.call->p;
     const sa_tile *const t = gg->g.call->tile;
-    const int n = s->b - s->a;
-    const size_t at = (size_t)(s->a * gg->w) * gg->g.call->real_bytes;
-    const sa_clip clip = {s->a, s->lo, s->hi};
-    if (n > 0) {
-        (gg->plain ? weights_plain : weights_any)(gg, st, tile, s, s->clipped ? &clip : NULL, seen);
+    const size_t bytes = gg->g.call->real_bytes, row = (size_t)gg->w * bytes;
+    const size_t off = (size_t)at.r0 * bytes, to = (size_t)at.a * row + off;
+    const int n = at.b - at.a;
+    bool clipped = false;
+    for (int r = at.r0; r < at.r0 + at.wide && s->clipped; r++) {
+        clipped = clipped || s->lo[r] > at.a || s->hi[r] < at.b;
     }
-    if (n > 0 && gg->call->grads->dq.data != NULL) {
-        const void *const *const k_row = tile->k_row + s->a;
-        if (k_finite) {
-            t->values(st.dq, st.ds + at, gg->w, st.wide, k_row, n, (int)pr->dim);
-        } else {
-            t->values_select(st.dq, st.ds + at, st.seen + at, gg->w, st.wide, k_row, n,
-                             (int)pr->dim);
-        }
+    const sa_clip see = {at.a, s->lo + at.r0, s->hi + at.r0}, *const clip = clipped ? &see : NULL;
+    t->strip_weights(st.p + to, st.qt + off, gg->w, at.wide, tile->k_row + at.a, n, (int)pr->dim,
+                     st.lse + off, clip);
+    sa_ahead_step(&gg->ahead, &gg->g);
+    t->strip_grads(st.ds + to, st.p + to, st.dot + off, gg->w, at.wide, tile->v_row + at.a, n,
+                   (int)pr->dim_v, st.delta + off, clip);
+    sa_ahead_step(&gg->ahead, &gg->g);
+    for (int x = 0; x < n && seen; x++) {
+        t->fill(st.seen + to + (size_t)x * row, at.wide, 0.0);
     }
-    clear_rows(gg, st, 0, SA_MIN(s->a, tile->n), seen);
-    clear_rows(gg, st, SA_MAX(s->b, SA_MIN(s->a, tile->n)), tile->n, seen);
+    if (seen && clip != NULL) {
+        t->clip(st.seen + to, gg->w, at.wide, n, clip);
+    }
 }
 
-/* dv += p^T dout and dk += ds^T q over keys [a, b) of the tile and the rows of strips
- * [first, last). */
+/* dq += ds k. */
 static void
-add_sums(const sa_grad_group *gg, int a, int b, int first, int last, bool seen)
+add_dq(sa_grad_group *gg, strip st, const sa_key_tile *tile, piece at, bool k_finite)
+{
+    const sa_tile *const t = gg->g.call->tile;
+    const size_t bytes = gg->g.call->real_bytes, off = (size_t)at.r0 * bytes;
+    const size_t from = (size_t)(at.a * gg->w) * bytes + off;
+    const void *const *const k_row = tile->k_row + at.a;
+    const int n = at.b - at.a, dim = (int)gg->g.call->p->dim;
+    if (k_finite) {
+        t->values(st.dq + off, st.ds + from, gg->w, at.wide, k_row, n, dim);
+    } else {
+        t->values_select(st.dq + off, st.ds + from, st.seen + from, gg->w, at.wide, k_row, n, dim);
+    }
+    sa_ahead_step(&gg->ahead, &gg->g);
+}
+
+/* p, ds of one strip and tile, and dq += ds k. */
+static void
+strip_tile(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s, bool seen,
+           bool k_finite)
+{
+    const sa_clip clip = {s->a, s->lo, s->hi};
+    piece pieces[MOST_PIECES];
+    const int n = cut(gg->g.call->tile->lanes, st, s, pieces);
+    if (gg->plain) {
+        clear_rows(gg, st, 0, pieces[0].a, seen);
+        clear_rows(gg, st, pieces[0].b, tile->n, seen);
+    } else {
+        if (s->a < s->b) {
+            weights_any(gg, st, tile, s, s->clipped ? &clip : NULL, seen);
+        }
+        clear_rows(gg, st, 0, s->a, seen);
+        clear_rows(gg, st, SA_MAX(s->a, s->b), tile->n, seen);
+    }
+    for (int x = pieces[0].a < pieces[0].b ? 0 : 1; x < n; x++) {
+        if (gg->plain) {
+            weights_plain(gg, st, tile, s, pieces[x], seen);
+        }
+        if (gg->call->grads->dq.data != NULL) {
+            add_dq(gg, st, tile, pieces[x], k_finite);
+        }
+    }
+}
+
+/* dv += p^T dout and dk += ds^T q over the keys of the tile and all rows of the group. */
+static void
+tile_sums(sa_grad_group *gg, int n_keys, const key_rows *rows, bool seen)
 {
     const sa_attend_grads *const grads = gg->call->grads;
     const sa_problem *const pr = gg->g.call->p;
-    const int64_t bytes = (int64_t)gg->g.call->real_bytes, row = (int64_t)first * gg->w;
-    const int64_t at = (first * gg->step + (int64_t)a * gg->w) * bytes;
     sa_strip_sums sums = {
-        .seen = seen ? gg->s.seen + at : NULL,
+        .seen = seen ? gg->s.seen : NULL,
+        .begin = rows != NULL ? rows->begin : NULL,
+        .end = rows != NULL ? rows->end : NULL,
         .step = gg->step,
         .w = gg->w,
-        .n_rows = SA_MIN(gg->g.n_rows, last * gg->w) - first * gg->w,
-        .n_keys = b - a,
+        .n_rows = gg->g.n_rows,
+        .n_keys = n_keys,
     };
     if (grads->dv.data != NULL && grads->dout.data != NULL) {
-        sums.p = gg->s.p + at;
-        sums.b = gg->dout.at + row * gg->dout.ld * bytes;
+        sums.p = gg->s.p;
+        sums.b = gg->dout.at;
         sums.ldb = gg->dout.ld;
         sums.dim = (int)pr->dim_v;
-        gg->g.call->tile->sums(gg->s.dv_row + a, &sums);
+        gg->g.call->tile->sums(gg->s.dv_row, &sums);
+        sa_ahead_step(&gg->ahead, &gg->g);
     }
     if (grads->dk.data != NULL) {
-        sums.p = gg->s.ds + at;
-        sums.b = gg->q.at + row * gg->q.ld * bytes;
+        sums.p = gg->s.ds;
+        sums.b = gg->q.at;
         sums.ldb = gg->q.ld;
         sums.dim = (int)pr->dim;
-        gg->g.call->tile->sums(gg->s.dk_row + a, &sums);
+        gg->g.call->tile->sums(gg->s.dk_row, &sums);
+        sa_ahead_step(&gg->ahead, &gg->g);
     }
 }
 
-/* The sums of a tile, cut where a strip begins or ends to see its keys: range[x] is what strip x
- * sees, and only strips that see keys take part in their sums. */
+/* From the first row that ends behind a key to the last one that begins at it or before. */
 static void
-tile_sums(const sa_grad_group *gg, int n_keys, const int (*range)[2], bool seen)
+find_rows(const sa_grad_group *gg, const int32_t *lo, const int32_t *hi, int n_keys, key_rows *rows)
 {
-    for (int a = 0; a < n_keys;) {
-        int b = n_keys, first = gg->n_strips, last = 0;
-        for (int x = 0; x < gg->n_strips; x++) {
-            b = range[x][0] > a ? SA_MIN(b, range[x][0]) : b;
-            b = range[x][1] > a ? SA_MIN(b, range[x][1]) : b;
-            if (range[x][0] <= a && a < range[x][1]) {
-                first = SA_MIN(first, x);
-                last = x + 1;
-            }
+    const int n = gg->g.n_rows;
+    for (int j = 0, r = 0; j < n_keys; j++) {
+        while (r < n && hi[r] <= j) {
+            r++;
         }
-        if (first < last) {
-            add_sums(gg, a, b, first, last, seen);
-        }
-        a = b;
+        rows->begin[j] = r;
     }
+    for (int j = n_keys - 1, r = n; j >= 0; j--) {
+        while (r > 0 && lo[r - 1] > j) {
+            r--;
+        }
+        rows->end[j] = r;
+    }
+}
+
+/* A window meets the keys at its tail again that were at its head some blocks before. */
+static bool
+keys_finite(sa_grad_group *gg, const sa_key_tile *tile)
+{
+    const int64_t lo = tile->keys[0], hi = tile->keys[tile->n - 1] + 1;
+    const bool one_run = hi - lo == tile->n, joins = lo <= gg->finite_hi && hi >= gg->finite_lo;
+    if (one_run && lo >= gg->finite_lo && hi <= gg->finite_hi) {
+        return true;
+    }
+    if (!gg->g.call->tile->finite(tile->k_row, tile->n, (int)gg->g.call->p->dim)) {
+        return false;
+    }
+    if (one_run) {
+        gg->finite_lo = joins ? SA_MIN(lo, gg->finite_lo) : lo;
+        gg->finite_hi = joins ? SA_MAX(hi, gg->finite_hi) : hi;
+    }
+    return true;
 }
 
 /* One tile of keys against all strips. */
 static void
 tile_grads(sa_grad_group *gg, const sa_key_tile *tile)
 {
-    const sa_tile *const t = gg->g.call->tile;
     const bool hides = tile->kind != SA_TILE_FULL || gg->g.terms;
-    const bool k_finite = !hides || t->finite(tile->k_row, tile->n, (int)gg->g.call->p->dim);
+    const bool k_finite = !hides || keys_finite(gg, tile);
     const bool seen = hides && (!rows_finite(gg) || !k_finite);
-    int range[SA_GROUP_STRIPS][2];
+    key_rows rows;
+    int32_t lo[SA_STRIP_MAX * SA_GROUP_STRIPS], hi[SA_STRIP_MAX * SA_GROUP_STRIPS];
     for (int x = 0; x < gg->n_strips; x++) {
         const strip st = strip_at(gg, x);
-        const sight s = look(gg, st, tile);
+        const sight s = look(gg, st, tile, lo + st.first, hi + st.first);
         strip_tile(gg, st, tile, &s, seen, k_finite);
         if (gg->bias_sums != NULL && s.a < s.b) {
             gg->strip = x;
             gg->bias_sums(gg, -1, tile, s.a, s.b - s.a);
         }
-        range[x][0] = s.a;
-        range[x][1] = SA_MAX(s.a, s.b);
     }
     if (gg->sums) {
         sa_grad_clear(gg, tile->keys[tile->n - 1] + 1);
         sa_grad_key_rows(gg, tile);
-        tile_sums(gg, tile->n, range, seen && !rows_finite(gg));
+        if (tile->kind != SA_TILE_FULL) {
+            find_rows(gg, lo, hi, tile->n, &rows);
+        }
+        tile_sums(gg, tile->n, tile->kind != SA_TILE_FULL ? &rows : NULL, seen && !rows_finite(gg));
     }
 }
 
@@ -359,9 +446,19 @@ begin(sa_grad_group *gg)
     if (grads->dv.data != NULL && grads->dout.data != NULL) {
         gg->dout = load_group(gg, gg->s.dout, grads->dout, p->dim_v);
     }
+    for (int r = 0; r < gg->n_strips * gg->w; r++) {
+        const sa_query none = {0}, *const q = r < gg->g.n_rows ? &gg->g.s.query[r] : &none;
+        gg->see.lo[r] = q->see_lo;
+        gg->see.hi[r] = q->see_hi;
+        gg->band.lo[r] = q->band_lo;
+        gg->band.hi[r] = q->band_hi;
+    }
     for (int x = 0; x < gg->n_strips; x++) {
         strip_begin(gg, strip_at(gg, x));
     }
+    const sa_view *const of_query[SA_AHEAD_VIEWS] = {&p->q, &grads->dout, &grads->dq};
+    const sa_view *const of_key[SA_AHEAD_VIEWS] = {&p->k, &p->v, &grads->dk, &grads->dv};
+    sa_ahead_start(&gg->ahead, &gg->g, of_query, of_key);
 }
 
 void

@@ -5,7 +5,7 @@
 
 #include "engine/attend_call.h"
 
-enum { QUERIES_A_TILE = 16 }; /* rows of the next block asked for with a tile */
+enum { FIRST_KEYS = 12 }; /* from which a strip has its first maximum */
 
 typedef struct {
     int first, rows, wide; /* query rows of the strip; columns that hold them */
@@ -113,10 +113,10 @@ strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile 
     const int dim = (int)p->dim, dim_v = (int)p->dim_v;
     const bool terms = g->terms || (g->masked && tile->kind != SA_TILE_FULL);
     const bool plain = !terms && p->softcap == 0;
-    if (plain && x1 - x0 > SA_TILE_STEP && !is_warm(g, st, r0, wide)) {
+    if (plain && x1 - x0 > FIRST_KEYS && !is_warm(g, st, r0, wide)) {
         /* A few keys give a maximum, and the others go the short way. */
-        strip_columns(g, w, st, r0, wide, tile, x0, x0 + SA_TILE_STEP, lo, hi);
-        x0 += SA_TILE_STEP;
+        strip_columns(g, w, st, r0, wide, tile, x0, x0 + FIRST_KEYS, lo, hi);
+        x0 += FIRST_KEYS;
     }
     const int n = x1 - x0;
     const bool cold = !is_warm(g, st, r0, wide);
@@ -233,39 +233,6 @@ strip_end(const sa_group *g, int w, strip st)
                   dim_v, g->s.factor);
 }
 
-/* Asks for part x of n of a tile's rows. A window meets most of its keys for the first time, and so
- * does the first block of a head: too many rows at once for the hardware to foresee. */
-static void
-prefetch_tile(const sa_group *g, const sa_key_tile *tile, int x, int n)
-{
-    const sa_problem *const p = g->call->p;
-    for (int j = x * tile->n / n; j < (x + 1) * tile->n / n; j++) {
-        sa_prefetch_row(&p->k, g->b, g->g, tile->keys[j]);
-        sa_prefetch_row(&p->v, g->b, g->g, tile->keys[j]);
-    }
-}
-
-/* Some rows of the next block, a few with every tile of this one: of q and out, and the newest key
- * that each row sees, which under causality no earlier block has read. */
-static int64_t
-prefetch_next(const sa_group *g, int64_t row)
-{
-    const sa_problem *const p = g->call->p;
-    const int64_t end = SA_MIN(row + QUERIES_A_TILE, g->next_end);
-    for (; row < end; row++) {
-        const int32_t key = sa_group_query(g, g->head, row).band_hi - 1;
-        if (key >= 0) {
-            sa_prefetch_row(&p->k, g->b, g->g, key);
-            sa_prefetch_row(&p->v, g->b, g->g, key);
-        }
-        for (int64_t h = g->head; h < g->head + g->n_heads; h++) {
-            sa_prefetch_row(&p->q, g->b, h, row);
-            sa_prefetch_row(&g->call->out, g->b, h, row);
-        }
-    }
-    return row;
-}
-
 void
 sa_attend_strips(sa_group *g)
 {
@@ -274,33 +241,20 @@ sa_attend_strips(sa_group *g)
     const bool k_here = sa_rows_in_place(&p->k, p->dim, g->call->real_bytes);
     const bool v_here = sa_rows_in_place(&p->v, p->dim_v, g->call->real_bytes);
     sa_cursor cursor = sa_cursor_start(g);
-    sa_key_tile tiles[2], *tile = &tiles[0], *next = &tiles[1];
-    int64_t ahead = g->next_begin;
-    bool more = sa_cursor_next(&cursor, tile);
-    if (more) {
-        prefetch_tile(g, tile, 0, 1);
-    }
+    sa_key_tile tile;
     for (int x = 0; x < n; x++) {
         strip_begin(g, w, strip_at(g, w, x));
     }
-    while (more && !sa_stop_asked(g->ctx, g->worker)) {
-        more = sa_cursor_next(&cursor, next);
-        ahead = prefetch_next(g, ahead);
-        sa_tile_rows(g, tile, k_here, v_here);
+    while (!sa_stop_asked(g->ctx, g->worker) && sa_cursor_next(&cursor, &tile)) {
+        sa_tile_rows(g, &tile, k_here, v_here);
         for (int x = 0; x < n; x++) {
             const strip st = strip_at(g, w, x);
-            if (more) {
-                prefetch_tile(g, next, x, n);
-            }
-            if (tile->kind == SA_TILE_FULL) {
-                strip_columns(g, w, st, 0, st.wide, tile, 0, tile->n, NULL, NULL);
+            if (tile.kind == SA_TILE_FULL) {
+                strip_columns(g, w, st, 0, st.wide, &tile, 0, tile.n, NULL, NULL);
             } else {
-                strip_clipped(g, w, st, tile);
+                strip_clipped(g, w, st, &tile);
             }
         }
-        sa_key_tile *const done = tile;
-        tile = next;
-        next = done;
     }
     for (int x = 0; x < n; x++) {
         strip_end(g, w, strip_at(g, w, x));

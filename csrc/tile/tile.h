@@ -29,9 +29,11 @@ typedef struct {
 } sa_clip;
 
 /* Sums over the queries of strips: p_i[j] stands at p[i / w * step + j * w + i % w], i < n_rows;
- * b is [n_rows][ldb], readable up to whole vectors past dim. seen NULL, or scores laid out as p. */
+ * b is [n_rows][ldb], readable up to whole vectors past dim. seen NULL, or scores laid out as p.
+ * begin, end: NULL, or [n_keys] each, both ascending: p_i[j] is 0 unless begin[j] <= i < end[j]. */
 typedef struct {
     const void *p, *seen, *b;
+    const int32_t *begin, *end;
     int64_t step, ldb;
     int w, n_rows, n_keys, dim;
 } sa_strip_sums;

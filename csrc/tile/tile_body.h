@@ -7,19 +7,23 @@
 /* Widest strip in vectors, and how many key rows (channels) share a register tile with 1, 2 or 3
  * vectors of queries: the accumulators, the vectors and one broadcast must fit the register file
  * (16 registers, 32 with AVX-512), and enough accumulators must be in flight to hide the latency of
- * an FMA. */
+ * an FMA. Sums over queries: SUM_KEYS rows of SUM_VECS vectors of channels. */
 #if defined(SA_HAVE_AVX512)
 #define VECS 2
 #define KEYS 12
 #define KEYS_FOR(vecs) ((vecs) == 1 ? 8 : 12)
 #define CHANNELS 8
 #define CHANNELS_FOR(vecs) 8
+#define SUM_VECS 4
+#define SUM_KEYS 6
 #else
 #define VECS 3
 #define KEYS 8
 #define KEYS_FOR(vecs) ((vecs) == 1 ? 8 : (vecs) == 2 ? 6 : 4)
 #define CHANNELS 8
 #define CHANNELS_FOR(vecs) ((vecs) == 1 ? 8 : 4)
+#define SUM_VECS 3
+#define SUM_KEYS 4
 #endif
 
 #include "tile/tile_pack.h"

@@ -12,10 +12,11 @@ typedef struct {
     int w;
 } grad_strip;
 
-/* Keys j .. j + n_keys of a strip, for compile-time n_keys, vecs and kinds; 0 where unseen. */
+/* Keys j .. j + n_keys of a strip, for compile-time n_keys, vecs and kinds; 0 where unseen. Rows of
+ * keys from real_keys on, which only fill the register tile, are not written. */
 SA_INLINE void
 grad_keys(const grad_strip *g, const int n_keys, const int vecs, const bool exponent,
-          const bool clipped, int j, const void *const *row, int dim)
+          const bool clipped, int j, int real_keys, const void *const *row, int dim)
 {
     vreal acc[KEYS][VECS];
     score_tile(acc, n_keys, vecs, g->cols, g->w, row, dim);
@@ -36,7 +37,9 @@ grad_keys(const grad_strip *g, const int n_keys, const int vecs, const bool expo
                 const vint key = vset_int((sint)(g->clip->first + j + i));
                 y = vselect((key >= lo) & (key < hi), y, vset(0));
             }
-            vstore(g->to + at, y);
+            if (i < real_keys) {
+                vstore(g->to + at, y);
+            }
         }
     }
 }
@@ -49,7 +52,7 @@ grad_wide(const grad_strip *g, const int vecs, const bool exponent, const bool c
     const void *last[KEYS];
     int j = 0;
     for (; j + KEYS_FOR(vecs) <= n_keys; j += KEYS_FOR(vecs)) {
-        grad_keys(g, KEYS_FOR(vecs), vecs, exponent, clipped, j, row + j, dim);
+        grad_keys(g, KEYS_FOR(vecs), vecs, exponent, clipped, j, KEYS, row + j, dim);
     }
     const int rest = n_keys - j;
     if (rest == 0) {
@@ -59,11 +62,11 @@ grad_wide(const grad_strip *g, const int vecs, const bool exponent, const bool c
         last[i] = row[j + SA_MIN(i, rest - 1)];
     }
     if (rest <= 4) {
-        grad_keys(g, 4, vecs, exponent, clipped, j, last, dim);
+        grad_keys(g, 4, vecs, exponent, clipped, j, rest, last, dim);
     } else if (rest <= 8 && KEYS_FOR(vecs) >= 8) {
-        grad_keys(g, 8, vecs, exponent, clipped, j, last, dim);
+        grad_keys(g, 8, vecs, exponent, clipped, j, rest, last, dim);
     } else {
-        grad_keys(g, KEYS_FOR(vecs), vecs, exponent, clipped, j, last, dim);
+        grad_keys(g, KEYS_FOR(vecs), vecs, exponent, clipped, j, rest, last, dim);
     }
 }
 
@@ -143,7 +146,7 @@ sum_tile(real *const *row, const sa_strip_sums *s, const int n_keys, const int v
          const bool select, int j, int c)
 {
     const vreal unseen = vset(-INFINITY);
-    vreal acc[KEYS][VECS];
+    vreal acc[KEYS][SUM_VECS];
 #pragma GCC unroll 16
     for (int i = 0; i < n_keys; i++) {
 #pragma GCC unroll 4
@@ -151,14 +154,16 @@ sum_tile(real *const *row, const sa_strip_sums *s, const int n_keys, const int v
             acc[i][v] = vset(0);
         }
     }
-    for (int first = 0; first < s->n_rows; first += s->w) {
+    const int begin = s->begin ? s->begin[j] : 0;
+    const int end = s->begin ? s->end[j + n_keys - 1] : s->n_rows;
+    for (int first = begin / s->w * s->w; first < end; first += s->w) {
         const int64_t strip = first / s->w * s->step + (int64_t)j * s->w;
         const real *const p = (const real *)s->p + strip;
         const real *const seen = select ? (const real *)s->seen + strip : NULL;
-        const real *b = (const real *)s->b + first * s->ldb + c;
-        const int rows = SA_MIN(s->w, s->n_rows - first);
-        for (int r = 0; r < rows; r++, b += s->ldb) {
-            vreal x[VECS];
+        const int from = SA_MAX(begin - first, 0), rows = SA_MIN(s->w, end - first);
+        const real *b = (const real *)s->b + (first + from) * s->ldb + c;
+        for (int r = from; r < rows; r++, b += s->ldb) {
+            vreal x[SUM_VECS];
 #pragma GCC unroll 4
             for (int v = 0; v < vecs; v++) {
                 x[v] = vload(b + v * LANES);
@@ -195,9 +200,10 @@ sum_tile(real *const *row, const sa_strip_sums *s, const int n_keys, const int v
 SA_INLINE void
 sum_keys(real *const *row, const sa_strip_sums *s, const int vecs, const bool select, int c)
 {
+    const int step = vecs == SUM_VECS ? SUM_KEYS : KEYS_FOR(vecs);
     int j = 0;
-    for (; j + KEYS_FOR(vecs) <= s->n_keys; j += KEYS_FOR(vecs)) {
-        sum_tile(row, s, KEYS_FOR(vecs), vecs, select, j, c);
+    for (; j + step <= s->n_keys; j += step) {
+        sum_tile(row, s, step, vecs, select, j, c);
     }
     for (; j + 4 <= s->n_keys; j += 4) {
         sum_tile(row, s, 4, vecs, select, j, c);
@@ -218,10 +224,10 @@ sums(void *const *row, const sa_strip_sums *s)
         }
         return;
     }
-    for (; c + (VECS - 1) * LANES < s->dim; c += VECS * LANES) {
-        sum_keys(to, s, VECS, false, c);
+    for (; c + (SUM_VECS - 1) * LANES < s->dim; c += SUM_VECS * LANES) {
+        sum_keys(to, s, SUM_VECS, false, c);
     }
-    for (; c + LANES < s->dim; c += 2 * LANES) { /* of three vectors two are left */
+    for (; c + LANES < s->dim; c += 2 * LANES) { /* of what is left */
         sum_keys(to, s, 2, false, c);
     }
     for (; c < s->dim; c += LANES) {
