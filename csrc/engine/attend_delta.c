@@ -2,11 +2,13 @@
 #include "base/half.h"
 #include "base/threads.h"
 #include "engine/attend_grad.h"
+#include "tile/tile.h"
 
 enum { DELTA_ROWS = 64 };
 
 typedef struct {
     sa_view delta, out, dout, dlse;
+    const sa_tile *tile; /* NULL: out and dout are not both of one real type */
 } delta_call;
 
 static double
@@ -30,21 +32,8 @@ row_delta(const delta_call *d, int64_t b, int64_t h, int64_t i)
     const void *const out = sa_view_row(d->out, b, h, i), *const dout =
                                                               sa_view_row(d->dout, b, h, i);
     double sum = 0;
-    if (d->out.dtype == SA_F32 && d->dout.dtype == SA_F32) {
-        const float *const x = out, *const y = dout;
-        const int64_t n = d->out.size[3];
-        double part[8] = {0};
-        for (int64_t c = 0; c < n / 8 * 8; c += 8) {
-            for (int i = 0; i < 8; i++) {
-                part[i] += (double)x[c + i] * y[c + i];
-            }
-        }
-        for (int64_t c = n / 8 * 8; c < n; c++) {
-            part[c % 8] += (double)x[c] * y[c];
-        }
-        for (int i = 0; i < 8; i++) {
-            sum += part[i];
-        }
+    if (d->tile != NULL) {
+        sum = d->tile->inner(out, dout, d->out.size[3]);
     } else {
         for (int64_t c = 0; c < d->out.size[3]; c++) {
             sum += load(out, d->out.dtype, c) * load(dout, d->dout.dtype, c);
@@ -75,7 +64,8 @@ delta_task(sa_ctx *ctx, void *arg, int64_t task, int worker)
 sa_status
 sa_attend_delta(sa_ctx *ctx, sa_view delta, sa_view out, sa_view dout, sa_view dlse)
 {
-    delta_call d = {delta, out, dout, dlse};
+    const bool reals = out.dtype == dout.dtype && (out.dtype == SA_F32 || out.dtype == SA_F64);
+    delta_call d = {delta, out, dout, dlse, reals ? sa_tile_for(out.dtype == SA_F64) : NULL};
     for (int axis = 0; axis < 4; axis++) {
         if (out.size[axis] != dout.size[axis] ||
             (axis < 3 && (delta.size[axis] != out.size[axis] ||

@@ -20,13 +20,12 @@ enum {
 };
 
 void
-sa_grad_row(const sa_grad_group *gg, int r, double *lse, double *delta)
+sa_grad_row(const sa_grad_group *gg, const void *lse_at, const void *delta_at, double *lse,
+            double *delta)
 {
-    const sa_query *const q = &gg->g.s.query[r];
-    const sa_attend_grads *const grads = gg->call->grads;
     const bool f64 = gg->g.call->real_bytes == 8;
-    *lse = sa_real_at(sa_view_row(grads->lse, gg->g.b, q->head, q->i), f64);
-    *delta = gg->ds_scale * sa_real_at(sa_view_row(grads->delta, gg->g.b, q->head, q->i), f64);
+    *lse = sa_real_at(lse_at, f64);
+    *delta = gg->ds_scale * sa_real_at(delta_at, f64);
     if (*lse == -INFINITY) {
         *lse = INFINITY;
         *delta = 0;
@@ -45,13 +44,16 @@ sa_grad_load(const sa_grad_group *gg, char *to, int64_t ld, sa_view from, int r,
 void
 sa_grad_key_rows(const sa_grad_group *gg, const sa_key_tile *tile)
 {
-    const sa_attend_grads *const grads = gg->call->grads;
-    for (int x = 0; x < tile->n; x++) {
-        if (grads->dk.data != NULL) {
-            gg->s.dk_row[x] = sa_view_row(grads->dk, gg->g.b, gg->g.g, tile->keys[x]);
+    const sa_view views[] = {gg->call->grads->dk, gg->call->grads->dv};
+    void **const rows[] = {gg->s.dk_row, gg->s.dv_row};
+    for (int v = 0; v < 2; v++) {
+        if (views[v].data == NULL) {
+            continue;
         }
-        if (grads->dv.data != NULL) {
-            gg->s.dv_row[x] = sa_view_row(grads->dv, gg->g.b, gg->g.g, tile->keys[x]);
+        char *const base = sa_view_row(views[v], gg->g.b, gg->g.g, 0);
+        const int64_t step = views[v].stride[2] * (int64_t)gg->g.call->real_bytes;
+        for (int x = 0; x < tile->n; x++) {
+            rows[v][x] = base + tile->keys[x] * step;
         }
     }
 }

@@ -82,9 +82,10 @@ sa_real_put(void *at, bool f64, double x)
 void sa_grad_strips(sa_grad_group *g); /* tile path */
 void sa_grad_rows(sa_grad_group *g);   /* row path  */
 
-/* lse of group row r, and delta times ds_scale. A row that sees nothing has lse -inf: +inf in its
+/* lse of a row, and its delta times ds_scale. A row that sees nothing has lse -inf: +inf in its
  * place makes every weight 0. */
-void sa_grad_row(const sa_grad_group *g, int r, double *lse, double *delta);
+void sa_grad_row(const sa_grad_group *g, const void *lse_at, const void *delta_at, double *lse,
+                 double *delta);
 /* Row r of the group, of `from`, as it lies into to[ld], whole vectors wide. */
 void sa_grad_load(const sa_grad_group *g, char *to, int64_t ld, sa_view from, int r, int dim);
 /* dk and dv of the task's keys before `end` become 0, unless they have been: when a tile first adds

@@ -99,7 +99,8 @@ row_begin(sa_grad_group *gg, int r)
     const sa_query *const q = &g->s.query[r];
     const void *const rows[] = {gg->s.q, gg->s.dout};
     double lse, delta;
-    sa_grad_row(gg, r, &lse, &delta);
+    sa_grad_row(gg, sa_view_row(grads->lse, g->b, q->head, q->i),
+                sa_view_row(grads->delta, g->b, q->head, q->i), &lse, &delta);
     t->fill(gg->s.lse, SA_TILE_KEYS, lse);
     t->fill(gg->s.delta, SA_TILE_KEYS, delta);
     const void *const from = sa_view_row(p->q, g->b, q->head, q->i);

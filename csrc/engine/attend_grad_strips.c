@@ -91,57 +91,65 @@ rows_finite(sa_grad_group *gg)
     return gg->rows_finite != 0;
 }
 
+/* Addresses of the strip's rows of an array. */
+static void
+find_addresses(const sa_grad_group *gg, strip st, sa_view v, void **row)
+{
+    const int64_t step = v.stride[2] * (int64_t)sa_dtype_size(v.dtype);
+    for (int r = 0; r < st.rows; r++) {
+        const sa_query *const q = &gg->g.s.query[st.first + r];
+        row[r] = r > 0 && q->head == q[-1].head ? (char *)row[r - 1] + step
+                                                : sa_view_row(v, gg->g.b, q->head, q->i);
+    }
+}
+
+static void
+load_strip(const sa_grad_group *gg, strip st, sa_view from, int64_t dim, double scale, char *to)
+{
+    void *row[SA_STRIP_MAX];
+    find_addresses(gg, st, from, row);
+    gg->g.call->tile->load_cols(to, gg->w, (const void *const *)row, from.dtype, st.rows, (int)dim,
+                                scale);
+}
+
 static void
 strip_begin(const sa_grad_group *gg, strip st)
 {
-    const sa_group *const g = &gg->g;
     const sa_attend_grads *const grads = gg->call->grads;
-    const sa_problem *const p = g->call->p;
-    const sa_tile *const t = g->call->tile;
-    const size_t bytes = g->call->real_bytes;
-    const void *row[SA_STRIP_MAX];
+    const sa_problem *const p = gg->g.call->p;
+    const sa_tile *const t = gg->g.call->tile;
+    const size_t bytes = gg->g.call->real_bytes;
+    void *lse_at[SA_STRIP_MAX], *delta_at[SA_STRIP_MAX];
+    find_addresses(gg, st, grads->lse, lse_at);
+    find_addresses(gg, st, grads->delta, delta_at);
     for (int r = 0; r < st.rows; r++) {
-        const sa_query *const q = &g->s.query[st.first + r];
         double lse, delta;
-        row[r] = sa_view_row(p->q, g->b, q->head, q->i);
-        sa_grad_row(gg, st.first + r, &lse, &delta);
+        sa_grad_row(gg, lse_at[r], delta_at[r], &lse, &delta);
         sa_real_put(st.lse + (size_t)r * bytes, bytes == 8, lse);
         sa_real_put(st.delta + (size_t)r * bytes, bytes == 8, delta);
     }
     t->fill(st.lse + (size_t)st.rows * bytes, gg->w - st.rows, INFINITY); /* lanes without a row */
     t->fill(st.delta + (size_t)st.rows * bytes, gg->w - st.rows, 0.0);
-    t->load_cols(st.qt, gg->w, row, p->q.dtype, st.rows, (int)p->dim, p->scale);
+    load_strip(gg, st, p->q, p->dim, p->scale, st.qt);
     if (grads->dout.data != NULL) {
-        for (int r = 0; r < st.rows; r++) {
-            const sa_query *const q = &g->s.query[st.first + r];
-            row[r] = sa_view_row(grads->dout, g->b, q->head, q->i);
-        }
-        t->load_cols(st.dot, gg->w, row, grads->dout.dtype, st.rows, (int)p->dim_v, gg->ds_scale);
+        load_strip(gg, st, grads->dout, p->dim_v, gg->ds_scale, st.dot);
     }
     if (gg->call->round == 0 || grads->dq.data == NULL) {
         t->fill(st.dq, p->dim * gg->w, 0.0);
-        return;
+    } else {
+        load_strip(gg, st, grads->dq, p->dim, 1.0, st.dq);
     }
-    for (int r = 0; r < st.rows; r++) {
-        const sa_query *const q = &g->s.query[st.first + r];
-        row[r] = sa_view_row(grads->dq, g->b, q->head, q->i);
-    }
-    t->load_cols(st.dq, gg->w, row, grads->dq.dtype, st.rows, (int)p->dim, 1.0);
 }
 
 static void
 strip_end(const sa_grad_group *gg, strip st)
 {
-    const sa_group *const g = &gg->g;
     const sa_view dq = gg->call->grads->dq;
+    const sa_tile *const t = gg->g.call->tile;
     void *row[SA_STRIP_MAX];
-    for (int r = 0; r < st.rows; r++) {
-        const sa_query *const q = &g->s.query[st.first + r];
-        row[r] = sa_view_row(dq, g->b, q->head, q->i);
-    }
-    g->call->tile->fill(g->s.factor, gg->w, 1.0);
-    g->call->tile->store_cols(row, dq.dtype, st.dq, gg->w, st.rows, (int)g->call->p->dim,
-                              g->s.factor);
+    find_addresses(gg, st, dq, row);
+    t->fill(gg->g.s.factor, gg->w, 1.0);
+    t->store_cols(row, dq.dtype, st.dq, gg->w, st.rows, (int)gg->g.call->p->dim, gg->g.s.factor);
 }
 
 static sight
@@ -331,7 +339,7 @@ strip_tile(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s,
 
 /* dv += p^T dout and dk += ds^T q over the keys of the tile and all rows of the group. */
 static void
-tile_sums(sa_grad_group *gg, int n_keys, const key_rows *rows, bool seen)
+tile_sums(sa_grad_group *gg, int n_keys, const key_rows *rows, bool seen, bool fresh)
 {
     const sa_attend_grads *const grads = gg->call->grads;
     const sa_problem *const pr = gg->g.call->p;
@@ -343,6 +351,7 @@ tile_sums(sa_grad_group *gg, int n_keys, const key_rows *rows, bool seen)
         .w = gg->w,
         .n_rows = gg->g.n_rows,
         .n_keys = n_keys,
+        .fresh = fresh,
     };
     if (grads->dv.data != NULL && grads->dout.data != NULL) {
         sums.p = gg->s.p;
@@ -400,6 +409,22 @@ keys_finite(sa_grad_group *gg, const sa_key_tile *tile)
     return true;
 }
 
+/* Whether nobody has added to dk and dv of the tile's keys, nor set them to 0: then they are set,
+ * and need not be read. */
+static bool
+is_fresh(sa_grad_group *gg, const sa_key_tile *tile)
+{
+    const sa_attend_grads *const grads = gg->call->grads;
+    const int64_t lo = tile->keys[0], hi = tile->keys[tile->n - 1] + 1;
+    if (lo < gg->cleared || hi - lo != tile->n ||
+        (grads->dv.data != NULL && grads->dout.data == NULL)) {
+        return false;
+    }
+    sa_grad_clear(gg, lo);
+    gg->cleared = hi;
+    return true;
+}
+
 /* One tile of keys against all strips. */
 static void
 tile_grads(sa_grad_group *gg, const sa_key_tile *tile)
@@ -419,12 +444,16 @@ tile_grads(sa_grad_group *gg, const sa_key_tile *tile)
         }
     }
     if (gg->sums) {
-        sa_grad_clear(gg, tile->keys[tile->n - 1] + 1);
+        const bool fresh = is_fresh(gg, tile);
+        if (!fresh) {
+            sa_grad_clear(gg, tile->keys[tile->n - 1] + 1);
+        }
         sa_grad_key_rows(gg, tile);
         if (tile->kind != SA_TILE_FULL) {
             find_rows(gg, lo, hi, tile->n, &rows);
         }
-        tile_sums(gg, tile->n, tile->kind != SA_TILE_FULL ? &rows : NULL, seen && !rows_finite(gg));
+        tile_sums(gg, tile->n, tile->kind != SA_TILE_FULL ? &rows : NULL, seen && !rows_finite(gg),
+                  fresh);
     }
 }
 
@@ -457,7 +486,7 @@ begin(sa_grad_group *gg)
         strip_begin(gg, strip_at(gg, x));
     }
     const sa_view *const of_query[SA_AHEAD_VIEWS] = {&p->q, &grads->dout, &grads->dq};
-    const sa_view *const of_key[SA_AHEAD_VIEWS] = {&p->k, &p->v, &grads->dk, &grads->dv};
+    const sa_view *const of_key[SA_AHEAD_VIEWS] = {&p->k, &p->v};
     sa_ahead_start(&gg->ahead, &gg->g, of_query, of_key);
 }
 

@@ -36,6 +36,7 @@ typedef struct {
     const int32_t *begin, *end;
     int64_t step, ldb;
     int w, n_rows, n_keys, dim;
+    bool fresh; /* rows are set, not added to */
 } sa_strip_sums;
 
 /* Rows one after another: `step` bytes from one to the next, in the real type or, where that is
@@ -149,6 +150,8 @@ typedef struct sa_tile {
     /* row[j][c] += sum_i p_i[j] b_i[c], j < n_keys, c < dim; queries that do not see key j add
      * nothing, whatever b holds, where seen says so. Same bits with seen where b is finite. */
     void (*sums)(void *const *row, const sa_strip_sums *sums);
+    /* sum_c a[c] b[c], in double */
+    double (*inner)(const void *a, const void *b, int64_t n);
 
     /* Multiply-adds of a register-only loop: flops done. For the benchmark's FMA peak. */
     double (*fma_peak)(int64_t rounds);

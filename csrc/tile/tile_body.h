@@ -75,6 +75,7 @@ const sa_tile SA_NAME(sa_tile) = {
     .strip_grads = strip_grads,
     .weights_grad = weights_grad,
     .sums = sums,
+    .inner = inner,
     .fma_peak = fma_peak,
     .received = received,
     .peaks = peaks,

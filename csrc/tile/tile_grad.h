@@ -187,10 +187,10 @@ sum_tile(real *const *row, const sa_strip_sums *s, const int n_keys, const int v
             real *const to = row[j + i] + c + v * LANES;
             const int left = s->dim - c - v * LANES;
             if (left >= LANES) {
-                vstore(to, vload(to) + acc[i][v]);
+                vstore(to, s->fresh ? acc[i][v] : vload(to) + acc[i][v]);
             } else {
                 for (int x = 0; x < left; x++) {
-                    to[x] += acc[i][v][x];
+                    to[x] = s->fresh ? acc[i][v][x] : to[x] + acc[i][v][x];
                 }
             }
         }
@@ -233,4 +233,25 @@ sums(void *const *row, const sa_strip_sums *s)
     for (; c < s->dim; c += LANES) {
         sum_keys(to, s, 1, false, c);
     }
+}
+
+/* Eight sums, whatever the width of the table: products of floats are exact in double, so that
+ * every table gives the same bits. */
+static double
+inner(const void *a, const void *b, int64_t n)
+{
+    typedef double sums8 __attribute__((vector_size(64)));
+    typedef real reals8
+        __attribute__((vector_size(8 * sizeof(real)), aligned(sizeof(real)), may_alias));
+    const real *const x = a, *const y = b;
+    sums8 sum = {0};
+    int64_t c = 0;
+    for (; c + 8 <= n; c += 8) {
+        sum += __builtin_convertvector(*(const reals8 *)(x + c), sums8) *
+               __builtin_convertvector(*(const reals8 *)(y + c), sums8);
+    }
+    for (; c < n; c++) {
+        sum[c % 8] += (double)x[c] * y[c];
+    }
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }

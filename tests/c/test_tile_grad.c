@@ -122,6 +122,37 @@ check_trial(const trial *x)
     rows_free(&select);
 }
 
+/* Set, and not added to: what stands in the rows before, NaN too, is not read. */
+static void
+check_fresh(trial *x)
+{
+    sa_strip_sums *const s = &x->s;
+    real_rows kept = x->before;
+    x->before = (real_rows){.n = kept.n};
+    for (int j = 0; j < kept.n; j++) {
+        x->before.row[j] = real_copy(x->t, kept.row[j], s->dim);
+        for (int c = 0; c < s->dim; c++) {
+            real_put(x->t, x->before.row[j], c, 0);
+        }
+    }
+    real_rows want = run(x, NULL, x->b);
+    for (int at = 0; at < s->n_keys * s->dim; at++) {
+        real_put(x->t, x->before.row[at / s->dim], at % s->dim, NAN);
+    }
+    s->fresh = true;
+    real_rows got = run(x, NULL, x->b);
+    s->fresh = false;
+    bool same = true;
+    for (int at = 0; at < s->n_keys * s->dim; at++) {
+        same = same && real_same(x->t, want.row[at / s->dim], got.row[at / s->dim], at % s->dim);
+    }
+    CHECK(same, "%d keys, %d rows: fresh rows differ from sums added to 0", s->n_keys, s->n_rows);
+    rows_free(&want);
+    rows_free(&got);
+    rows_free(&x->before);
+    x->before = kept;
+}
+
 /* Of rows [i, i + n) of growing i alone, as begin and end of each key say: those of the whole,
  * where the others have weight 0. */
 static void
@@ -163,13 +194,31 @@ check_sums(const sa_tile *t)
             trial x = make_trial(t, key_counts[k], dims[d]);
             check_trial(&x);
             check_ranges(&x);
+            check_fresh(&x);
             free_trial(&x);
         }
+    }
+}
+
+static void
+check_inner(const sa_tile *t)
+{
+    check_case("inner products, %s", table_name(t));
+    for (int64_t n = 0; n < 70; n++) {
+        void *const a = real_random(t, n + 1, 1), *const b = real_random(t, n + 1, 1);
+        double want = 0;
+        for (int64_t c = 0; c < n; c++) {
+            want += real_get(t, a, c) * real_get(t, b, c);
+        }
+        CHECK(check_near(t->inner(a, b, n), want, 1e-14 * (double)(n + 1)), "%d numbers", (int)n);
+        sa_free(a);
+        sa_free(b);
     }
 }
 
 void
 sa_selftest_tile_grad(void)
 {
+    each_table(check_inner);
     each_table(check_sums);
 }
