@@ -191,29 +191,7 @@ place_free(placement *p)
 }
 
 #else
-
-typedef struct {
-    bool placed;
-} placement;
-
-static void
-place_self(placement *p)
-{
-    (void)p;
-}
-
-static void
-place_elsewhere(placement *p)
-{
-    (void)p;
-}
-
-static void
-place_free(placement *p)
-{
-    (void)p;
-}
-
+#include "base/threads_unplaced.h"
 #endif
 
 /* ---- is this process a forked copy? ----

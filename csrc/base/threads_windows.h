@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "base/threads_unplaced.h"
 #include "base/windows_lean.h"
 
 /* ---- threads ---- */
@@ -73,30 +74,6 @@ static void
 relax(void)
 {
     YieldProcessor();
-}
-
-/* ---- where threads run: the system's choice ---- */
-
-typedef struct {
-    bool placed;
-} placement;
-
-static void
-place_self(placement *p)
-{
-    (void)p;
-}
-
-static void
-place_elsewhere(placement *p)
-{
-    (void)p;
-}
-
-static void
-place_free(placement *p)
-{
-    (void)p;
 }
 
 /* ---- no process is a copy of another ---- */

@@ -7,7 +7,7 @@
 
 #include "engine/attend_call.h"
 
-enum { SA_AHEAD_VIEWS = 4 };
+enum { SA_AHEAD_VIEWS = 3 };
 
 /* One array: its row of a head, for each query or key. */
 typedef struct {
