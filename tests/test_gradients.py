@@ -402,6 +402,29 @@ def test_a_nan_row_reaches_its_keys_alone(spec: Variant, where: str) -> None:
 
 
 @pytest.mark.promise("A6")
+@pytest.mark.parametrize("spec", ["dense", "window:9", "window:9+random:4"])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
+def test_an_infinite_row_beside_a_sink(spec: str, bad: float, isa: str) -> None:
+    """All its scores are -inf and the sink keeps lse finite; keys that it does not see keep their
+    bits all the same."""
+    q, k, v = make_qkv((1, 2, 2, 70, 70, 16, 24), seed=5, strided=False)
+    k[..., 3] = -np.copysign(1 + np.abs(k[..., 3]), bad)
+    plan = sa.plan(q, k, spec, causal=True)
+    dout = np.random.default_rng(6).standard_normal((*q.shape[:3], v.shape[3]), np.float32)
+    params = {"sink": np.linspace(-1, 1, 2)}
+    clean = gradients_of(sa.attention_vjp(q, k, v, plan, params=params), dout, None)
+    q[0, 1, 40, 3] = bad
+    vjp = sa.attention_vjp(q, k, v, plan, params=params)
+    assert np.isfinite(vjp.lse).all() and not vjp.out[0, 1, 40].any()
+    got = gradients_of(vjp, dout, None)
+    hidden = ~plan.to_mask()[0, 1, 40]
+    assert hidden.any()
+    for name in ("dk", "dv"):
+        assert got[name][0, 0].tobytes() == clean[name][0, 0].tobytes(), name
+        assert got[name][0, 1, hidden].tobytes() == clean[name][0, 1, hidden].tobytes(), name
+
+
+@pytest.mark.promise("A6")
 @pytest.mark.parametrize("spec", ["dense", "topk:9", "topk:9:placement=post", "window:20:sinks=2"])
 @pytest.mark.parametrize("scale", [10.0, 1e3, 1e30])
 def test_large_scores(spec: str, scale: float) -> None:

@@ -125,15 +125,36 @@ sa_grad_clear(sa_grad_group *gg, int64_t end)
     gg->cleared = SA_MAX(gg->cleared, end);
 }
 
+/* Whether the rows of a block have anything to do in this round: they see keys of it, or it is the
+ * first, in which dq is set. */
+static bool
+has_work(const sa_grad_group *gg, int64_t block)
+{
+    const sa_plan *const plan = gg->g.plan;
+    const int64_t slot = gg->g.map * plan->n_blocks + block;
+    bool found = gg->call->round == 0;
+    for (int64_t s = plan->row_ptr[slot]; s < plan->row_ptr[slot + 1] && !found; s++) {
+        found = plan->start[s] < gg->g.key_hi &&
+                plan->start[s] + sa_plan_span_len(plan, s) > gg->g.key_lo;
+    }
+    return found;
+}
+
 /* Block run x of heads [head, head + n) of one map, against the keys of the group. */
 static void
 run_blocks(sa_grad_group *gg, int64_t x, int64_t head, int64_t n)
 {
     const int64_t n_blocks = gg->g.plan->n_blocks, runs = gg->call->runs;
     const int64_t end = (x + 1) * n_blocks / runs;
+    int64_t block = x * n_blocks / runs;
     gg->g.map = sa_plan_map(gg->g.plan, gg->g.b, head);
-    for (int64_t block = x * n_blocks / runs; block < end && !sa_stopped(gg->g.ctx); block++) {
-        sa_group_block(&gg->g, block, block + 1 == end, head, n);
+    bool now = block < end && has_work(gg, block);
+    for (; block < end && !sa_stopped(gg->g.ctx); block++) {
+        const bool next = block + 1 < end && has_work(gg, block + 1);
+        if (now) {
+            sa_group_block(&gg->g, block, !next, head, n);
+        }
+        now = next;
     }
 }
 
@@ -277,7 +298,7 @@ worth(const sa_grad_call *call, int64_t runs)
                           : tasks <= FEW_TASKS   ? SHORT_VISIT
                           : tasks <= LEAST_TASKS ? MIDDLE_VISIT
                                                  : VISIT_KEYS;
-    return keys >= least * visits || visits <= blocks + blocks / 4;
+    return keys >= least * visits || visits <= blocks + blocks / (tasks <= LEAST_TASKS ? 4 : 8);
 }
 
 static void

@@ -80,7 +80,7 @@ group_finite(const sa_grad_group *gg, sa_grad_rows_at rows, int64_t dim)
     return finite;
 }
 
-/* Looked at when a tile first hides keys from rows. */
+/* Looked at when a tile first hides keys from rows, unless lse and delta have told. */
 static bool
 rows_finite(sa_grad_group *gg)
 {
@@ -112,7 +112,10 @@ load_strip(const sa_grad_group *gg, strip st, sa_view from, int64_t dim, double 
                                 scale);
 }
 
-static void
+/* Where scores are scale q.k alone, finite lse and delta say that q and dout are: one infinity or
+ * NaN in a row of either makes every product with it infinite or NaN. Returns whether they say so.
+ */
+static bool
 strip_begin(const sa_grad_group *gg, strip st)
 {
     const sa_attend_grads *const grads = gg->call->grads;
@@ -122,9 +125,11 @@ strip_begin(const sa_grad_group *gg, strip st)
     void *lse_at[SA_STRIP_MAX], *delta_at[SA_STRIP_MAX];
     find_addresses(gg, st, grads->lse, lse_at);
     find_addresses(gg, st, grads->delta, delta_at);
+    bool finite = true;
     for (int r = 0; r < st.rows; r++) {
         double lse, delta;
         sa_grad_row(gg, lse_at[r], delta_at[r], &lse, &delta);
+        finite = finite && isfinite(lse) && isfinite(delta);
         sa_real_put(st.lse + (size_t)r * bytes, bytes == 8, lse);
         sa_real_put(st.delta + (size_t)r * bytes, bytes == 8, delta);
     }
@@ -139,6 +144,7 @@ strip_begin(const sa_grad_group *gg, strip st)
     } else {
         load_strip(gg, st, grads->dq, p->dim, 1.0, st.dq);
     }
+    return finite;
 }
 
 static void
@@ -467,7 +473,6 @@ begin(sa_grad_group *gg)
     gg->step = (int64_t)(SA_TILE_KEYS + SA_TILE_STEP) * gg->w;
     gg->plain = !gg->g.terms && !gg->g.masked && p->softcap == 0 && p->dropout_p == 0 &&
                 grads->dout.data != NULL;
-    gg->rows_finite = -1;
     gg->q = gg->dout = (sa_grad_rows_at){NULL, 0};
     if (grads->dk.data != NULL) {
         gg->q = load_group(gg, gg->s.q, p->q, p->dim);
@@ -482,9 +487,11 @@ begin(sa_grad_group *gg)
         gg->band.lo[r] = q->band_lo;
         gg->band.hi[r] = q->band_hi;
     }
+    bool finite = gg->plain && p->sink.data == NULL;
     for (int x = 0; x < gg->n_strips; x++) {
-        strip_begin(gg, strip_at(gg, x));
+        finite = strip_begin(gg, strip_at(gg, x)) && finite;
     }
+    gg->rows_finite = finite ? 1 : -1;
     const sa_view *const of_query[SA_AHEAD_VIEWS] = {&p->q, &grads->dout, &grads->dq};
     const sa_view *const of_key[SA_AHEAD_VIEWS] = {&p->k, &p->v};
     sa_ahead_start(&gg->ahead, &gg->g, of_query, of_key);

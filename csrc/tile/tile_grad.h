@@ -138,12 +138,34 @@ weights_grad(void *s, void *dp, const void *capped, const void *keep, int w, int
     }
 }
 
+/* row[i][c ..] += acc[i], or = where nobody has added to the rows yet. Not whole: the last vector
+ * has fewer channels than lanes. */
+SA_INLINE void
+sum_store(real *const *row, const sa_strip_sums *s, vreal (*acc)[SUM_VECS], const int n_keys,
+          const int vecs, const bool whole, const bool fresh, int c)
+{
+#pragma GCC unroll 16
+    for (int i = 0; i < n_keys; i++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) {
+            real *const to = row[i] + c + v * LANES;
+            if (whole || v < vecs - 1) {
+                vstore(to, fresh ? acc[i][v] : vload(to) + acc[i][v]);
+                continue;
+            }
+            for (int x = 0; x < s->dim - c - v * LANES; x++) {
+                to[x] = fresh ? acc[i][v][x] : to[x] + acc[i][v][x];
+            }
+        }
+    }
+}
+
 /* keys x (vecs LANES) of the gradients: row[i][c ..] += sum over the queries of all strips. Sums
  * stay in registers for a whole block of queries. With select, queries where `seen` is -inf count
  * as 0. */
 SA_INLINE void
 sum_tile(real *const *row, const sa_strip_sums *s, const int n_keys, const int vecs,
-         const bool select, int j, int c)
+         const bool whole, const bool select, int j, int c)
 {
     const vreal unseen = vset(-INFINITY);
     vreal acc[KEYS][SUM_VECS];
@@ -180,36 +202,53 @@ sum_tile(real *const *row, const sa_strip_sums *s, const int n_keys, const int v
             }
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < n_keys; i++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) {
-            real *const to = row[j + i] + c + v * LANES;
-            const int left = s->dim - c - v * LANES;
-            if (left >= LANES) {
-                vstore(to, s->fresh ? acc[i][v] : vload(to) + acc[i][v]);
-            } else {
-                for (int x = 0; x < left; x++) {
-                    to[x] = s->fresh ? acc[i][v][x] : to[x] + acc[i][v][x];
-                }
-            }
-        }
+    if (s->fresh) {
+        sum_store(row + j, s, acc, n_keys, vecs, whole, true, c);
+    } else {
+        sum_store(row + j, s, acc, n_keys, vecs, whole, false, c);
     }
 }
 
 SA_INLINE void
-sum_keys(real *const *row, const sa_strip_sums *s, const int vecs, const bool select, int c)
+sum_keys(real *const *row, const sa_strip_sums *s, const int vecs, const bool whole,
+         const bool select, int c)
 {
     const int step = vecs == SUM_VECS ? SUM_KEYS : KEYS_FOR(vecs);
     int j = 0;
     for (; j + step <= s->n_keys; j += step) {
-        sum_tile(row, s, step, vecs, select, j, c);
+        sum_tile(row, s, step, vecs, whole, select, j, c);
     }
     for (; j + 4 <= s->n_keys; j += 4) {
-        sum_tile(row, s, 4, vecs, select, j, c);
+        sum_tile(row, s, 4, vecs, whole, select, j, c);
     }
-    for (; j < s->n_keys; j++) {
-        sum_tile(row, s, 1, vecs, select, j, c);
+    for (; j + 2 <= s->n_keys; j += 2) {
+        sum_tile(row, s, 2, vecs, whole, select, j, c);
+    }
+    if (j < s->n_keys) {
+        sum_tile(row, s, 1, vecs, whole, select, j, c);
+    }
+}
+
+/* Whole vectors of channels, as many at a time as there are registers for, then what is left. */
+SA_INLINE void
+sums_any(real *const *row, const sa_strip_sums *s, const bool select)
+{
+    int c = 0;
+    for (; !select && c + SUM_VECS * LANES <= s->dim; c += SUM_VECS * LANES) {
+        sum_keys(row, s, SUM_VECS, true, false, c);
+    }
+    for (; !select && c + 2 * LANES <= s->dim; c += 2 * LANES) {
+        sum_keys(row, s, 2, true, false, c);
+    }
+    if (!select && c + LANES < s->dim) {
+        sum_keys(row, s, 2, false, false, c);
+        return;
+    }
+    for (; c + LANES <= s->dim; c += LANES) {
+        sum_keys(row, s, 1, true, select, c);
+    }
+    if (c < s->dim) {
+        sum_keys(row, s, 1, false, select, c);
     }
 }
 
@@ -217,21 +256,10 @@ static void
 sums(void *const *row, const sa_strip_sums *s)
 {
     real *const *const to = (real *const *)(const void *)row;
-    int c = 0;
     if (s->seen != NULL) {
-        for (; c < s->dim; c += LANES) {
-            sum_keys(to, s, 1, true, c);
-        }
-        return;
-    }
-    for (; c + (SUM_VECS - 1) * LANES < s->dim; c += SUM_VECS * LANES) {
-        sum_keys(to, s, SUM_VECS, false, c);
-    }
-    for (; c + LANES < s->dim; c += 2 * LANES) { /* of what is left */
-        sum_keys(to, s, 2, false, c);
-    }
-    for (; c < s->dim; c += LANES) {
-        sum_keys(to, s, 1, false, c);
+        sums_any(to, s, true);
+    } else {
+        sums_any(to, s, false);
     }
 }
 

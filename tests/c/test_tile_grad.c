@@ -6,8 +6,8 @@
 #include "check.h"
 #include "reals.h"
 
-static const int dims[] = {1, 3, 8, 15, 16, 17, 40, 64, 65, 100};
-static const int key_counts[] = {1, 3, 4, 5, 8, 12, 13, 31, 64};
+static const int dims[] = {1, 3, 8, 15, 16, 17, 24, 40, 64, 65, 100};
+static const int key_counts[] = {1, 2, 3, 4, 5, 8, 9, 12, 13, 31, 64};
 enum { N_DIMS = sizeof dims / sizeof *dims, N_KEYS = sizeof key_counts / sizeof *key_counts };
 
 /* p and seen as strips hold them, rows b, and what keys had before. */
