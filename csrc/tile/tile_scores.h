@@ -56,7 +56,7 @@ SA_INLINE vint
 load_ints(const int32_t *p)
 {
 #if defined(SA_REAL_IS_DOUBLE)
-    vint x;
+    vint x = {0};
     for (int i = 0; i < LANES; i++) {
         x[i] = p[i];
     }
