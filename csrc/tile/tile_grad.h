@@ -153,7 +153,7 @@ sum_store(real *const *row, const sa_strip_sums *s, vreal (*acc)[SUM_VECS], cons
                 vstore(to, fresh ? acc[i][v] : vload(to) + acc[i][v]);
                 continue;
             }
-            for (int x = 0; x < s->dim - c - v * LANES; x++) {
+            for (int x = 0; x < LANES && c + v * LANES + x < s->dim; x++) {
                 to[x] = fresh ? acc[i][v][x] : to[x] + acc[i][v][x];
             }
         }
