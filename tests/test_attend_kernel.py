@@ -146,6 +146,22 @@ def test_a_later_key_changes_no_sign_of_zero(dtype: Any, isa: str) -> None:
         assert after.out[:, :, :at].tobytes() == before.out[:, :, :at].tobytes()
 
 
+@pytest.mark.promise("A6")
+@pytest.mark.parametrize("spec", ["window:1", "window:3", "window:6", "window:19"])
+def test_a_row_has_its_maximum_from_its_own_keys(spec: str, isa: str) -> None:
+    """In a narrow window a row's first key may stand beside keys of other rows alone."""
+    q, k, v = np.random.default_rng(4).standard_normal((3, 1, 2, 75, 16), np.float32)
+    kept = sa.plan(q, k, spec, causal=True).to_mask()
+    before = sa.attention(q, k, v, spec, causal=True, return_lse=True)
+    for j in range(75):
+        k2, v2 = k.copy(), v.copy()
+        k2[:, :, j], v2[:, :, j] = 2 * k[:, :, j], np.nan
+        got = sa.attention(q, k2, v2, spec, causal=True, return_lse=True)
+        rows = ~kept[..., j]
+        assert got.out[rows].tobytes() == before.out[rows].tobytes()
+        assert got.lse[rows].tobytes() == before.lse[rows].tobytes()
+
+
 @pytest.mark.promise("A4")
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64"])
 def test_a_later_key_redoes_no_earlier_row(dtype: Any, isa: str) -> None:

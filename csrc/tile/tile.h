@@ -79,11 +79,13 @@ typedef struct sa_tile {
      * SA_TILE_STEP rows; the rows past n_keys are scratch. */
     void (*scores)(void *s, const void *qt, int w, int wide, const void *const *k_row, int n_keys,
                    int dim);
-    /* As scores, then p = exp(s - m[r]); l[r] += sum_j p. False, with s undefined and l untouched,
-     * when some score exceeds its stale maximum m by more than SA_STALE, or m is -inf: the caller
-     * then uses scores, clip and fold. clip: NULL, or what the rows see. */
+    /* As scores, then p = exp(s - m[r]); l[r] += sum_j p. Where m is -inf, it becomes the maximum
+     * over the first keys of which r sees one: l and o must be 0 there.
+     * False, with s undefined and l untouched, when some score exceeds its stale maximum m by more
+     * than SA_STALE: the caller then uses scores, clip and fold. clip: NULL, or what the rows
+     * see. */
     bool (*scores_exp)(void *p, const void *qt, int w, int wide, const void *const *k_row,
-                       int n_keys, int dim, const void *m, void *l, const sa_clip *clip);
+                       int n_keys, int dim, void *m, void *l, const sa_clip *clip);
     /* Softmax fold of a tile of scores into (m, l, o): raises m where the tile's maximum exceeds it
      * by SA_STALE or nothing was seen yet, rescales l and o[dim_v][w] in those lanes only; s
      * becomes exp(s - m), l += sums. */
