@@ -147,6 +147,23 @@ def test_a_later_key_changes_no_sign_of_zero(dtype: Any, isa: str) -> None:
 
 
 @pytest.mark.promise("A6")
+@pytest.mark.parametrize("spec", ["dense", "window:30"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64"])
+def test_a_key_of_other_rows_decides_nothing(spec: str, dtype: Any, isa: str) -> None:
+    """Key 0 scores -inf and its value is NaN; a later key so large that its rows are done again
+    changes nothing about rows before it."""
+    q = np.full((1, 1, 40, 8), 4, dtype)
+    k, v = np.zeros_like(q), np.ones_like(q)
+    k[0, 0, 0], v[0, 0, 0] = np.finfo(dtype).min, np.nan
+    before = sa.attention(q, k, v, spec, causal=True)
+    for j in range(1, 40):
+        k2 = k.copy()
+        k2[0, 0, j] = 100
+        after = sa.attention(q, k2, v, spec, causal=True)
+        assert after[:, :, :j].tobytes() == before[:, :, :j].tobytes(), j
+
+
+@pytest.mark.promise("A6")
 @pytest.mark.parametrize("spec", ["window:1", "window:3", "window:6", "window:19"])
 def test_a_row_has_its_maximum_from_its_own_keys(spec: str, isa: str) -> None:
     """In a narrow window a row's first key may stand beside keys of other rows alone."""

@@ -42,7 +42,7 @@ typedef struct {
 typedef struct {
     sa_query *query;      /* [strips * w]                                  */
     char *qt, *o, *m, *l; /* [strips][dim][w], [strips][dim_v][w], [strips][w] */
-    char *s, *t;          /* [KEYS + STEP][w] scores; [KEYS][w] terms, or scores before the fold */
+    char *s, *t;          /* [KEYS + STEP][w] scores; [KEYS][w] terms, or what is seen          */
     char *t_rows;         /* [w][KEYS] terms by row                        */
     char *keep;           /* [KEYS][w] what dropout keeps                  */
     char *k, *v;          /* [KEYS][dim], [KEYS][dim_v]: rows that are not read in place */
@@ -93,7 +93,7 @@ sa_status sa_parts_check(sa_ctx *ctx, const sa_problem *p, const sa_part *parts,
 /* Heads of a part that share keys and map. */
 int64_t sa_part_heads(const sa_problem *p, const sa_part *part);
 /* All rows of one block for the heads [head, head + n): g->run on groups of as many strips as share
- * a walk. last: no block of the task comes after it. */
+ * a walk. last: the block after it is not the task's next one. */
 void sa_group_block(sa_group *g, int64_t block, bool last, int64_t head, int64_t n_heads);
 
 /* One past the last key that row i of the group's heads sees. */

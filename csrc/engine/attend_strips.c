@@ -110,11 +110,12 @@ strip_columns(const sa_group *g, int w, strip st, sa_key_tile *tile, sa_piece at
         if (clip != NULL) {
             t->clip(g->s.s, w, wide, n, clip);
         }
-        if (!whole) {
+        if (!whole && terms) {
             memcpy(g->s.t, g->s.s, (size_t)(n * w) * g->call->real_bytes);
         }
         t->fold(g->s.s, w, wide, n, st.m + off, st.l + off, st.o + off, dim_v);
-    } else if (!whole) { /* then there is a clip */
+    }
+    if (!whole && !terms) { /* then a clip alone says what is seen, whatever the scores */
         t->fill(g->s.t, (int64_t)n * w, 0.0);
         t->clip(g->s.t, w, wide, n, clip);
     }

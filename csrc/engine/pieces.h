@@ -17,7 +17,7 @@ typedef struct {
 } sa_reaches;
 
 /* Keys [a, b) of a tile that rows of a strip see, and what each row sees of the tile; lo and hi are
- * set where the tile is not a full one. */
+ * set where the tile is not a full one. When no row sees a key, a is the tile's end and b is 0. */
 typedef struct {
     int a, b;
     bool clipped; /* some row sees less than [a, b) */

@@ -68,9 +68,8 @@ load_ints(const int32_t *p)
 
 /* Scores and exponentials against the stale maximum; over[v] collects lanes that exceed it.
  * Clipped: a lane that has none takes that of the first register tile of which it sees something.
- * Keys from `real_keys` on only fill the register tile: they repeat the last key and are left out
- * of the sums.
- */
+ * Keys from `real_keys` on only fill the register tile: they repeat the last key, are left out of
+ * the sums and, where clipped, hidden from all lanes, to which they may be no key of theirs. */
 SA_INLINE void
 score_fused(real *p, const int n_keys, const int vecs, const real *qt, int w,
             const void *const *k_row, int dim, int real_keys, real *m, vreal *sum, vint *over,
