@@ -5,7 +5,7 @@ void
 sa_reaches_start(sa_reaches *reaches, const sa_group *g, int columns)
 {
     for (int r = 0; r < columns; r++) {
-        const sa_query none = {0}, *const q = r < g->n_rows ? &g->s.query[r] : &none;
+        const sa_query *const q = &g->s.query[SA_MIN(r, g->n_rows - 1)];
         reaches->see.lo[r] = q->see_lo;
         reaches->see.hi[r] = q->see_hi;
         reaches->band.lo[r] = q->band_lo;

@@ -31,7 +31,8 @@ typedef struct {
 
 enum { SA_MOST_PIECES = 1 + SA_STRIP_MAX }; /* two for each vector, of two reals at least */
 
-/* Of the group's rows; columns past its last row, up to `columns`, see nothing. */
+/* Of the group's rows; columns past its last row, up to `columns`, see what that one sees: nobody
+ * reads what they get, and hiding keys from them would take time. */
 void sa_reaches_start(sa_reaches *reaches, const sa_group *g, int columns);
 /* Of rows [first, first + wide) of the group; lo and hi are room for `wide` numbers each. */
 sa_tile_sight sa_tile_look(const sa_reaches *reaches, const sa_key_tile *tile, int first, int wide,
