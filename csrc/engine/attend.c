@@ -191,7 +191,7 @@ sa_attend_carve(const sa_attend_call *call, sa_arena *arena, sa_attend_scratch *
     const size_t w = (size_t)call->tile->strip_max, rows = w * SA_GROUP_STRIPS,
                  real = call->real_bytes;
     const size_t dim = (size_t)call->p->dim, dim_v = (size_t)call->p->dim_v;
-    return sa_take(arena, &s->query, rows * sizeof(sa_query)) +
+    return sa_take(arena, &s->query, rows * sizeof(sa_query)) + sa_take(arena, &s->warm, rows) +
            sa_take(arena, &s->qt, rows * dim * real) + sa_take(arena, &s->o, rows * dim_v * real) +
            sa_take(arena, &s->m, rows * real) + sa_take(arena, &s->l, rows * real) +
            sa_take(arena, &s->s, (SA_TILE_KEYS + SA_TILE_STEP) * w * real) +

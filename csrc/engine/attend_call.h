@@ -41,8 +41,9 @@ typedef struct {
 /* Scratch of a worker, carved from its arena. */
 typedef struct {
     sa_query *query;      /* [strips * w]                                  */
+    unsigned char *warm;  /* [strips * w] 1 at a vector's first column once it has a maximum */
     char *qt, *o, *m, *l; /* [strips][dim][w], [strips][dim_v][w], [strips][w] */
-    char *s, *t;          /* [KEYS + STEP][w] scores; [KEYS][w] terms, or what is seen          */
+    char *s, *t;          /* [KEYS + STEP][w] scores; [KEYS][w] terms, or scores before the fold */
     char *t_rows;         /* [w][KEYS] terms by row                        */
     char *keep;           /* [KEYS][w] what dropout keeps                  */
     char *k, *v;          /* [KEYS][dim], [KEYS][dim_v]: rows that are not read in place */

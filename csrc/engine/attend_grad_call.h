@@ -4,7 +4,6 @@
 
 #include "engine/ahead.h"
 #include "engine/attend_grad.h"
-#include "engine/pieces.h"
 
 /* A head's rows and keys are cut into `runs` runs each. In round r the rows of run x meet the keys
  * of run (x + r) % runs: no two tasks of a round write one row or one key, and every sum has its
@@ -32,13 +31,18 @@ typedef struct {
     int64_t ld;
 } sa_grad_rows_at;
 
+/* Keys [lo, hi) of each row of a group. */
+typedef struct {
+    int32_t lo[SA_STRIP_MAX * SA_GROUP_STRIPS], hi[SA_STRIP_MAX * SA_GROUP_STRIPS];
+} sa_grad_sight;
+
 /* One group of query rows of one block; a sa_group to who does not know better. */
 typedef struct sa_grad_group {
     sa_group g;
     const sa_grad_call *call;
     sa_grad_scratch s;
     int w, n_strips;
-    sa_reaches reaches;
+    sa_grad_sight see, band; /* what the rows see of spans of either kind; none past the last row */
     int64_t step;            /* reals between strips of p, ds, seen */
     sa_grad_rows_at q, dout; /* of the group, as they lie     */
     double ds_scale;         /* what multiplies ds: scale for dq and dk, 1 for dbias         */

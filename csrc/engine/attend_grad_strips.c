@@ -12,6 +12,13 @@ typedef struct {
     char *qt, *dot, *dq, *lse, *delta, *p, *ds, *seen;
 } strip;
 
+/* Keys [a, b) of a tile that rows of a strip see, and what each row sees of the tile. */
+typedef struct {
+    int a, b;
+    bool clipped;
+    const int32_t *lo, *hi;
+} sight;
+
 /* Rows of the group that may see a key of the tile. */
 typedef struct {
     int32_t begin[SA_TILE_KEYS], end[SA_TILE_KEYS];
@@ -151,9 +158,31 @@ strip_end(const sa_grad_group *gg, strip st)
     t->store_cols(row, dq.dtype, st.dq, gg->w, st.rows, (int)gg->g.call->p->dim, gg->g.s.factor);
 }
 
+static sight
+look(const sa_grad_group *gg, strip st, const sa_key_tile *tile, int32_t *lo, int32_t *hi)
+{
+    const sa_grad_sight *const all = tile->kind == SA_TILE_BAND ? &gg->band : &gg->see;
+    const int32_t *const row_lo = all->lo + st.first, *const row_hi = all->hi + st.first;
+    const int32_t n = tile->n, first = tile->keys[0];
+    int32_t a = n, b = 0, most_lo = 0, least_hi = n;
+    if (tile->kind == SA_TILE_FULL) {
+        return (sight){.a = 0, .b = n, .lo = lo, .hi = hi};
+    }
+    for (int r = 0; r < st.wide; r++) {
+        const int32_t from = SA_MAX(row_lo[r] - first, 0), to = SA_MIN(row_hi[r] - first, n);
+        lo[r] = from < to ? from : n;
+        hi[r] = from < to ? to : 0;
+        a = SA_MIN(a, lo[r]);
+        b = SA_MAX(b, hi[r]);
+        most_lo = SA_MAX(most_lo, lo[r]);
+        least_hi = SA_MIN(least_hi, hi[r]);
+    }
+    return (sight){a, b, most_lo > a || least_hi < b, lo, hi};
+}
+
 /* p and ds of keys [a, b), whatever happens to scores; seen where wanted. */
 static void
-weights_any(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sa_tile_sight *s,
+weights_any(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s,
             const sa_clip *clip, bool seen)
 {
     const sa_problem *const pr = gg->g.call->p;
@@ -205,18 +234,56 @@ clear_rows(const sa_grad_group *gg, strip st, int from, int to, bool seen)
     }
 }
 
+/* Keys [a, b) of a tile against columns [r0, r0 + wide) of a strip. */
+typedef struct {
+    int r0, wide, a, b;
+} piece;
+
+enum { MOST_PIECES = 1 + SA_STRIP_MAX }; /* two for each vector, of two reals at least */
+
+/* As in the forward: all columns over the keys that every vector of rows reaches, then each vector
+ * over what only it reaches, so that little is computed to be thrown away. The first may be empty.
+ * Returns how many. */
+static int
+cut(int lanes, strip st, const sight *s, piece *to)
+{
+    int n = 1, a = s->a, b = s->b, first[SA_STRIP_MAX], end[SA_STRIP_MAX];
+    for (int r0 = 0; r0 < st.wide && s->clipped; r0 += lanes) {
+        first[r0] = s->b;
+        end[r0] = s->a;
+        for (int r = r0; r < r0 + lanes; r++) {
+            first[r0] = SA_MIN(first[r0], s->lo[r]);
+            end[r0] = SA_MAX(end[r0], s->hi[r]);
+        }
+        a = SA_MAX(a, first[r0]);
+        b = SA_MIN(b, end[r0]);
+    }
+    to[0] = (piece){0, st.wide, a, SA_MAX(a, b)};
+    b = to[0].b;
+    for (int r0 = 0; r0 < st.wide && s->clipped; r0 += lanes) {
+        to[n] = (piece){r0, lanes, first[r0], SA_MIN(a, end[r0])};
+        n += to[n].a < to[n].b;
+        to[n] = (piece){r0, lanes, SA_MAX(b, first[r0]), end[r0]};
+        n += to[n].a < to[n].b;
+    }
+    return n;
+}
+
 /* p and ds of a piece where a score is scale q.k and no more. */
 static void
-weights_plain(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sa_tile_sight *s,
-              sa_piece at, bool seen)
+weights_plain(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s, piece at,
+              bool seen)
 {
     const sa_problem *const pr = gg->g.call->p;
     const sa_tile *const t = gg->g.call->tile;
     const size_t bytes = gg->g.call->real_bytes, row = (size_t)gg->w * bytes;
     const size_t off = (size_t)at.r0 * bytes, to = (size_t)at.a * row + off;
     const int n = at.b - at.a;
-    sa_clip see;
-    const sa_clip *const clip = sa_piece_clip(s, at, &see);
+    bool clipped = false;
+    for (int r = at.r0; r < at.r0 + at.wide && s->clipped; r++) {
+        clipped = clipped || s->lo[r] > at.a || s->hi[r] < at.b;
+    }
+    const sa_clip see = {at.a, s->lo + at.r0, s->hi + at.r0}, *const clip = clipped ? &see : NULL;
     t->strip_weights(st.p + to, st.qt + off, gg->w, at.wide, tile->k_row + at.a, n, (int)pr->dim,
                      st.lse + off, clip);
     sa_ahead_step(&gg->ahead, &gg->g);
@@ -233,7 +300,7 @@ weights_plain(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sa_til
 
 /* dq += ds k. */
 static void
-add_dq(sa_grad_group *gg, strip st, const sa_key_tile *tile, sa_piece at, bool k_finite)
+add_dq(sa_grad_group *gg, strip st, const sa_key_tile *tile, piece at, bool k_finite)
 {
     const sa_tile *const t = gg->g.call->tile;
     const size_t bytes = gg->g.call->real_bytes, off = (size_t)at.r0 * bytes;
@@ -250,12 +317,12 @@ add_dq(sa_grad_group *gg, strip st, const sa_key_tile *tile, sa_piece at, bool k
 
 /* p, ds of one strip and tile, and dq += ds k. */
 static void
-strip_tile(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sa_tile_sight *s, bool seen,
+strip_tile(sa_grad_group *gg, strip st, const sa_key_tile *tile, const sight *s, bool seen,
            bool k_finite)
 {
     const sa_clip clip = {s->a, s->lo, s->hi};
-    sa_piece pieces[SA_MOST_PIECES];
-    const int n = sa_pieces_cut(s, gg->g.call->tile->lanes, st.wide, pieces);
+    piece pieces[MOST_PIECES];
+    const int n = cut(gg->g.call->tile->lanes, st, s, pieces);
     if (gg->plain) {
         clear_rows(gg, st, 0, pieces[0].a, seen);
         clear_rows(gg, st, pieces[0].b, tile->n, seen);
@@ -375,8 +442,7 @@ tile_grads(sa_grad_group *gg, const sa_key_tile *tile)
     int32_t lo[SA_STRIP_MAX * SA_GROUP_STRIPS], hi[SA_STRIP_MAX * SA_GROUP_STRIPS];
     for (int x = 0; x < gg->n_strips; x++) {
         const strip st = strip_at(gg, x);
-        const sa_tile_sight s =
-            sa_tile_look(&gg->reaches, tile, st.first, st.wide, lo + st.first, hi + st.first);
+        const sight s = look(gg, st, tile, lo + st.first, hi + st.first);
         strip_tile(gg, st, tile, &s, seen, k_finite);
         if (gg->bias_sums != NULL && s.a < s.b) {
             gg->strip = x;
@@ -414,7 +480,13 @@ begin(sa_grad_group *gg)
     if (grads->dv.data != NULL && grads->dout.data != NULL) {
         gg->dout = load_group(gg, gg->s.dout, grads->dout, p->dim_v);
     }
-    sa_reaches_start(&gg->reaches, &gg->g, gg->n_strips * gg->w);
+    for (int r = 0; r < gg->n_strips * gg->w; r++) {
+        const sa_query none = {0}, *const q = r < gg->g.n_rows ? &gg->g.s.query[r] : &none;
+        gg->see.lo[r] = q->see_lo;
+        gg->see.hi[r] = q->see_hi;
+        gg->band.lo[r] = q->band_lo;
+        gg->band.hi[r] = q->band_hi;
+    }
     bool finite = gg->plain && p->sink.data == NULL;
     for (int x = 0; x < gg->n_strips; x++) {
         finite = strip_begin(gg, strip_at(gg, x)) && finite;

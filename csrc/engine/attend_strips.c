@@ -3,11 +3,14 @@
 #include <math.h>
 #include <string.h>
 
-#include "engine/pieces.h"
+#include "engine/attend_call.h"
+
+enum { FIRST_KEYS = 12 }; /* from which a strip has its first maximum */
 
 typedef struct {
     int first, rows, wide; /* query rows of the strip; columns that hold them */
     char *qt, *o, *m, *l;
+    unsigned char *warm;
 } strip;
 
 static strip
@@ -24,6 +27,7 @@ strip_at(const sa_group *g, int w, int index)
         .o = g->s.o + at * (size_t)g->call->p->dim_v,
         .m = g->s.m + at,
         .l = g->s.l + at,
+        .warm = g->s.warm + index * w,
     };
 }
 
@@ -41,10 +45,23 @@ strip_begin(const sa_group *g, int w, strip st)
     t->fill(st.o, p->dim_v * w, 0.0);
     t->fill(st.l, w, 0.0);
     t->fill(st.m, w, -INFINITY);
+    memset(st.warm, 0, (size_t)w);
     for (int r = 0; r < st.rows && p->sink.data != NULL; r++) {
         const size_t at = (size_t)r * g->call->real_bytes;
         sa_group_sink(g, st.first + r, st.m + at, st.l + at);
     }
+}
+
+/* Whether every vector of the columns has met keys before. Without a maximum to be stale the
+ * exponentials would have to be done twice. */
+static bool
+is_warm(const sa_group *g, strip st, int r0, int wide)
+{
+    bool warm = true;
+    for (int r = r0; r < r0 + wide; r += g->call->tile->lanes) {
+        warm = warm && st.warm[r];
+    }
+    return warm;
 }
 
 /* Soft-cap and terms of columns [r0, r0 + wide) of a strip, keys x0 .. x0 + n of the tile. */
@@ -84,25 +101,38 @@ strip_drop(const sa_group *g, int w, strip st, int r0, int wide, const sa_key_ti
     }
 }
 
-/* One piece of the tile; clip, when given, hides what rows do not see. */
+/* Keys [x0, x1) of the tile against columns [r0, r0 + wide); lo and hi, when given, say what the
+ * rows see of the tile. */
 static void
-strip_columns(const sa_group *g, int w, strip st, sa_key_tile *tile, sa_piece at,
-              const sa_clip *clip)
+strip_columns(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile *tile, int x0,
+              int x1, const int32_t *lo, const int32_t *hi)
 {
     const sa_problem *const p = g->call->p;
     const sa_tile *const t = g->call->tile;
-    const int x0 = at.a, n = at.b - at.a, r0 = at.r0, wide = at.wide;
     const size_t off = (size_t)r0 * g->call->real_bytes;
     const int dim = (int)p->dim, dim_v = (int)p->dim_v;
     const bool terms = g->terms || (g->masked && tile->kind != SA_TILE_FULL);
     const bool plain = !terms && p->softcap == 0;
+    if (plain && x1 - x0 > FIRST_KEYS && !is_warm(g, st, r0, wide)) {
+        /* A few keys give a maximum, and the others go the short way. */
+        strip_columns(g, w, st, r0, wide, tile, x0, x0 + FIRST_KEYS, lo, hi);
+        x0 += FIRST_KEYS;
+    }
+    const int n = x1 - x0;
+    const bool cold = !is_warm(g, st, r0, wide);
+    const sa_clip see = {x0, lo != NULL ? lo + r0 : NULL, hi != NULL ? hi + r0 : NULL};
+    const sa_clip *const clip = lo != NULL ? &see : NULL;
     bool whole = !terms && clip == NULL;
     if (!whole && tile->v_finite < 0) {
         tile->v_finite = t->finite(tile->v_row, tile->n, dim_v);
     }
     whole = whole || tile->v_finite == 1;
-    if (!plain || !t->scores_exp(g->s.s, st.qt + off, w, wide, tile->k_row + x0, n, dim, st.m + off,
-                                 st.l + off, clip)) {
+    for (int r = r0; r < r0 + wide; r += t->lanes) {
+        st.warm[r] = 1;
+    }
+    if (cold || !plain || !whole ||
+        !t->scores_exp(g->s.s, st.qt + off, w, wide, tile->k_row + x0, n, dim, st.m + off,
+                       st.l + off, clip)) {
         t->scores(g->s.s, st.qt + off, w, wide, tile->k_row + x0, n, dim);
         if (terms || p->softcap > 0) {
             strip_terms(g, w, st, r0, wide, tile, x0, n, g->s.s);
@@ -110,14 +140,10 @@ strip_columns(const sa_group *g, int w, strip st, sa_key_tile *tile, sa_piece at
         if (clip != NULL) {
             t->clip(g->s.s, w, wide, n, clip);
         }
-        if (!whole && terms) {
+        if (!whole) {
             memcpy(g->s.t, g->s.s, (size_t)(n * w) * g->call->real_bytes);
         }
         t->fold(g->s.s, w, wide, n, st.m + off, st.l + off, st.o + off, dim_v);
-    }
-    if (!whole && !terms) { /* then a clip alone says what is seen, whatever the scores */
-        t->fill(g->s.t, (int64_t)n * w, 0.0);
-        t->clip(g->s.t, w, wide, n, clip);
     }
     const void *const *const v_row = tile->v_row + x0;
     if (p->dropout_p > 0) {
@@ -130,17 +156,50 @@ strip_columns(const sa_group *g, int w, strip st, sa_key_tile *tile, sa_piece at
     }
 }
 
+/* Columns [r0, r0 + wide) against keys [x0, x1), clipped only where some row sees less. */
 static void
-strip_tile(const sa_group *g, int w, strip st, sa_key_tile *tile, const sa_reaches *reaches)
+strip_part(const sa_group *g, int w, strip st, int r0, int wide, sa_key_tile *tile, int x0, int x1,
+           const int32_t *lo, const int32_t *hi)
+{
+    bool clipped = false;
+    if (x0 >= x1) {
+        return;
+    }
+    for (int r = r0; r < SA_MIN(r0 + wide, st.rows); r++) {
+        clipped = clipped || lo[r] > x0 || hi[r] < x1;
+    }
+    strip_columns(g, w, st, r0, wide, tile, x0, x1, clipped ? lo : NULL, clipped ? hi : NULL);
+}
+
+/* A tile that rows see in part: all columns over the keys that every vector of rows reaches, then
+ * each vector over what only it reaches, so that little is computed to be thrown away. */
+static void
+strip_clipped(const sa_group *g, int w, strip st, sa_key_tile *tile)
 {
     const int lanes = g->call->tile->lanes;
-    int32_t lo[SA_STRIP_MAX], hi[SA_STRIP_MAX];
-    sa_piece pieces[SA_MOST_PIECES];
-    const sa_tile_sight s = sa_tile_look(reaches, tile, st.first, st.wide, lo, hi);
-    const int n = sa_pieces_cut(&s, lanes, st.wide, pieces);
-    for (int x = pieces[0].a < pieces[0].b ? 0 : 1; x < n; x++) {
-        sa_clip see;
-        strip_columns(g, w, st, tile, pieces[x], sa_piece_clip(&s, pieces[x], &see));
+    int32_t lo[SA_STRIP_MAX], hi[SA_STRIP_MAX], first[SA_STRIP_MAX], end[SA_STRIP_MAX];
+    int32_t a = 0, b = tile->n;
+    for (int r0 = 0; r0 < st.wide; r0 += lanes) {
+        first[r0] = tile->n;
+        end[r0] = 0;
+        for (int r = r0; r < r0 + lanes; r++) {
+            lo[r] = hi[r] = 0;
+            if (r < st.rows) {
+                sa_query_range(&g->s.query[st.first + r], tile, &lo[r], &hi[r]);
+            }
+            if (lo[r] < hi[r]) {
+                first[r0] = SA_MIN(first[r0], lo[r]);
+                end[r0] = SA_MAX(end[r0], hi[r]);
+            }
+        }
+        a = SA_MAX(a, first[r0]);
+        b = SA_MIN(b, end[r0]);
+    }
+    b = SA_MAX(a, b);
+    strip_part(g, w, st, 0, st.wide, tile, a, b, lo, hi);
+    for (int r0 = 0; r0 < st.wide; r0 += lanes) {
+        strip_part(g, w, st, r0, lanes, tile, first[r0], SA_MIN(a, end[r0]), lo, hi);
+        strip_part(g, w, st, r0, lanes, tile, SA_MAX(b, first[r0]), end[r0], lo, hi);
     }
 }
 
@@ -183,15 +242,18 @@ sa_attend_strips(sa_group *g)
     const bool v_here = sa_rows_in_place(&p->v, p->dim_v, g->call->real_bytes);
     sa_cursor cursor = sa_cursor_start(g);
     sa_key_tile tile;
-    sa_reaches reaches;
-    sa_reaches_start(&reaches, g, n * w);
     for (int x = 0; x < n; x++) {
         strip_begin(g, w, strip_at(g, w, x));
     }
     while (!sa_stop_asked(g->ctx, g->worker) && sa_cursor_next(&cursor, &tile)) {
         sa_tile_rows(g, &tile, k_here, v_here);
         for (int x = 0; x < n; x++) {
-            strip_tile(g, w, strip_at(g, w, x), &tile, &reaches);
+            const strip st = strip_at(g, w, x);
+            if (tile.kind == SA_TILE_FULL) {
+                strip_columns(g, w, st, 0, st.wide, &tile, 0, tile.n, NULL, NULL);
+            } else {
+                strip_clipped(g, w, st, &tile);
+            }
         }
     }
     for (int x = 0; x < n; x++) {

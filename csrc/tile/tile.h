@@ -79,12 +79,11 @@ typedef struct sa_tile {
      * SA_TILE_STEP rows; the rows past n_keys are scratch. */
     void (*scores)(void *s, const void *qt, int w, int wide, const void *const *k_row, int n_keys,
                    int dim);
-    /* As scores, then p = exp(s - m[r]); l[r] += sum_j p. Where m is -inf, it becomes the maximum
-     * over the first keys of which r sees one: l and o must be 0 there. False, with p undefined and
-     * l untouched, when some score exceeds its stale maximum m by more than SA_STALE: the caller
-     * then uses scores, clip and fold, with m as it is now. clip: NULL, or what the rows see. */
+    /* As scores, then p = exp(s - m[r]); l[r] += sum_j p. False, with s undefined and l untouched,
+     * when some score exceeds its stale maximum m by more than SA_STALE, or m is -inf: the caller
+     * then uses scores, clip and fold. clip: NULL, or what the rows see. */
     bool (*scores_exp)(void *p, const void *qt, int w, int wide, const void *const *k_row,
-                       int n_keys, int dim, void *m, void *l, const sa_clip *clip);
+                       int n_keys, int dim, const void *m, void *l, const sa_clip *clip);
     /* Softmax fold of a tile of scores into (m, l, o): raises m where the tile's maximum exceeds it
      * by SA_STALE or nothing was seen yet, rescales l and o[dim_v][w] in those lanes only; s
      * becomes exp(s - m), l += sums. */
@@ -95,8 +94,8 @@ typedef struct sa_tile {
     void (*values)(void *o, const void *p, int w, int wide, const void *const *v_row, int n_keys,
                    int dim_v);
     /* The same, but whatever v holds is nothing to a lane that does not see key j: where p is 0 and
-     * seen[j * w + r], the score before the fold or a mark, is -inf. A weight that underflowed
-     * still counts: 0 NaN is NaN. Same bits where v is finite, but for the sign of a zero. */
+     * seen[j * w + r], the score before the fold, is -inf. A weight that underflowed still counts:
+     * 0 NaN is NaN. Same bits where v is finite, but for the sign of a zero. */
     void (*values_select)(void *o, const void *p, const void *seen, int w, int wide,
                           const void *const *v_row, int n_keys, int dim_v);
     /* s = cap tanh(s / cap), elementwise */

@@ -66,27 +66,27 @@ load_ints(const int32_t *p)
 #endif
 }
 
-/* Scores and exponentials against the stale maximum; over[v] collects lanes that exceed it.
- * Clipped: a lane that has none takes that of the first register tile of which it sees something.
- * Keys from `real_keys` on only fill the register tile: they repeat the last key, are left out of
- * the sums and, where clipped, hidden from all lanes, to which they may be no key of theirs. */
+/* Scores and exponentials against the stale maximum; over[v] collects lanes that exceed it. Keys
+ * from `real_keys` on only fill the register tile: they repeat the last key and are left out of the
+ * sums. */
 SA_INLINE void
 score_fused(real *p, const int n_keys, const int vecs, const real *qt, int w,
-            const void *const *k_row, int dim, int real_keys, real *m, vreal *sum, vint *over,
+            const void *const *k_row, int dim, int real_keys, const real *m, vreal *sum, vint *over,
             const bool clipped, const sa_clip *clip)
 {
-    const vreal none = vset(-INFINITY);
     vreal acc[KEYS][VECS];
     score_tile(acc, n_keys, vecs, qt, w, k_row, dim);
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; v++) {
+        const vreal old = vload(m + v * LANES);
+        const vreal limit = old + vset((real)SA_STALE);
+        const vreal top = clipped ? vselect(old == vset(-INFINITY), vset(0), old) : old;
         if (clipped) {
             const vint lo = load_ints(clip->lo + v * LANES), hi = load_ints(clip->hi + v * LANES);
-            const vint end = vset_int((sint)(clip->first + real_keys));
 #pragma GCC unroll 16
             for (int j = 0; j < n_keys; j++) {
                 const vint at = vset_int((sint)(clip->first + j));
-                acc[j][v] = vselect((at >= lo) & (at < hi) & (at < end), acc[j][v], none);
+                acc[j][v] = vselect((at >= lo) & (at < hi), acc[j][v], vset(-INFINITY));
             }
         }
         vreal high = acc[0][v];
@@ -94,15 +94,8 @@ score_fused(real *p, const int n_keys, const int vecs, const real *qt, int w,
         for (int j = 1; j < n_keys; j++) {
             high = vmax(acc[j][v], high);
         }
-        vreal top = vload(m + v * LANES);
-        if (clipped && vany(top == none)) {
-            top = vselect(top == none, high, top);
-            vstore(m + v * LANES, top);
-        }
-        over[v] |= high > top + vset((real)SA_STALE);
-        if (clipped) {
-            top = vselect(top == none, vset(0), top); /* -inf - -inf is NaN */
-        }
+        /* A lane at -inf that sees nothing but -inf is left to fold: -inf - -inf is NaN. */
+        over[v] |= clipped ? high > limit : high >= limit;
 #pragma GCC unroll 16
         for (int j = 0; j < n_keys; j++) {
             const vreal e = vexp(acc[j][v] - top);
@@ -159,7 +152,8 @@ scores(void *s, const void *qt, int w, int wide, const void *const *k_row, int n
 
 SA_INLINE bool
 scores_exp_wide(real *p, const int vecs, const real *qt, int w, const void *const *k_row,
-                int n_keys, int dim, real *m, real *l, const bool clipped, const sa_clip *clip)
+                int n_keys, int dim, const real *m, real *l, const bool clipped,
+                const sa_clip *clip)
 {
     vreal sum[VECS];
     vint over[VECS];
@@ -200,24 +194,10 @@ scores_exp_wide(real *p, const int vecs, const real *qt, int w, const void *cons
     return true;
 }
 
-/* Lanes without a maximum go the clipped way, which gives them one. */
 static bool
 scores_exp(void *p, const void *qt, int w, int wide, const void *const *k_row, int n_keys, int dim,
-           void *m, void *l, const sa_clip *c)
+           const void *m, void *l, const sa_clip *c)
 {
-    static const int32_t least[SA_STRIP_MAX];
-    int32_t most[SA_STRIP_MAX];
-    const sa_clip all = {0, least, most};
-    vint cold = {0};
-    for (int r = 0; r < wide && c == NULL; r += LANES) {
-        cold |= vload((const real *)m + r) == vset(-INFINITY);
-    }
-    if (c == NULL && vany(cold)) {
-        for (int r = 0; r < wide; r++) {
-            most[r] = INT32_MAX;
-        }
-        c = &all;
-    }
     switch (wide / LANES) {
     case 1:
         return c ? scores_exp_wide(p, 1, qt, w, k_row, n_keys, dim, m, l, true, c)
